@@ -1,0 +1,209 @@
+"""Ranks, their groups and the few exchanges that distnorm makes: the only room that talks to `torch.distributed`.
+
+A layer never holds a process group; it names its ranks (`sync_ranks` or `group_ranks`) and asks here, so that it can be
+copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
+"""
+
+import datetime as dt
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distnorm.errors import ConfigError, GroupError
+
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
+    dist, "all_gather_into_tensor", None
+)  # its older name
+_groups: dict[tuple[int, ...], Any] = {}
+_groups_of: Any = None
+
+
+def is_running() -> bool:
+    """Tell whether this process is one of several that share a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number among all ranks; 0 without a process group."""
+    return dist.get_rank() if is_running() else 0
+
+
+def world_size() -> int:
+    """How many ranks there are; 1 without a process group."""
+    return dist.get_world_size() if is_running() else 1
+
+
+def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Name the ranks that pool with this one.
+
+    Args:
+        sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
+        group_ranks: an arbitrary subset instead; a rank outside it stays alone.
+
+    Returns:
+        Rank numbers in ascending order, this rank's among them.
+
+    Raises:
+        ConfigError: `sync_ranks` does not divide the world size.
+    """
+    me, world = rank(), world_size()
+    if world == 1:
+        return (0,)
+    if group_ranks is not None:
+        return group_ranks if me in group_ranks else (me,)
+    size = world if sync_ranks is None else sync_ranks
+    if world % size:
+        raise ConfigError(
+            f"sync_ranks={size} does not divide world_size={world}. Use {divisors_in_words(world)}.",
+        )
+    first = me - me % size
+    return tuple(range(first, first + size))
+
+
+def divisors_in_words(number: int) -> str:
+    """Spell the divisors of `number` for a message: `1, 2 or 4`."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+def group_of(ranks: tuple[int, ...]) -> Any:
+    """Make, or find again, the process group of `ranks`.
+
+    Collective: the first call for a group must be reached by every rank of that group, by no other.
+    Its timeout is the one the world was started with.
+    """
+    global _groups_of  # noqa: PLW0603
+    world = dist.group.WORLD
+    if _groups_of is not world:
+        _groups.clear()
+        _groups_of = world
+    if len(ranks) == dist.get_world_size():
+        return world
+    if ranks not in _groups:
+        _groups[ranks] = dist.new_group(list(ranks), timeout=_world_timeout(), use_local_synchronization=True)
+    return _groups[ranks]
+
+
+def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
+    """Gather one flat tensor of equal length from each rank.
+
+    Args:
+        values: flat tensor of K numbers, the same K and dtype on every rank.
+        ranks: who takes part, this rank among them.
+        what: names the exchange in an error, e.g. `layer4.0.bn1 forward`.
+
+    Returns:
+        [len(ranks), K], rows in rank order, equal on all ranks bit for bit.
+
+    Collective: 1 gather of K numbers over `ranks`.
+
+    Raises:
+        GroupError: a rank did not take part in time, or died.
+    """
+    if len(ranks) == 1:
+        return values.unsqueeze(0)
+    rows_RK = values.new_empty(len(ranks) * values.numel())
+    try:
+        _all_gather(rows_RK, values.contiguous(), group=group_of(ranks))
+    except RuntimeError as error:
+        _raise_named(error, ranks, what)
+    return rows_RK.view(len(ranks), -1)
+
+
+class PendingSum:
+    """A sum over ranks that is under way; `wait` gives the tensor that holds it."""
+
+    def __init__(self, values: Tensor, work: Any, ranks: tuple[int, ...], what: str) -> None:
+        self._values, self._work, self._ranks, self._what = values, work, ranks, what
+
+    def wait(self) -> Tensor:
+        """Block (on CUDA: let the stream wait) until the sum has arrived."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                _raise_named(error, self._ranks, self._what)
+        return self._values
+
+
+def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
+    """Start to sum a flat tensor over ranks, in place.
+
+    Collective: 1 sum of `values.numel()` numbers over `ranks`.
+
+    Raises:
+        GroupError: (also from `wait`) a rank did not take part in time, or died.
+    """
+    work = None
+    if len(ranks) > 1:
+        try:
+            work = dist.all_reduce(values, group=group_of(ranks), async_op=True)
+        except RuntimeError as error:
+            _raise_named(error, ranks, what)
+    return PendingSum(values, work, ranks, what)
+
+
+def barrier(what: str) -> None:
+    """Wait until every rank is here.
+
+    Collective: 1 sum of one number over all ranks.
+    """
+    if is_running():
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        start_sum(torch.zeros(1, device=device), tuple(range(world_size())), what).wait()
+
+
+def start_ranks(*, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
+    """Start a gloo process group over a file both small scripts and tests can share, with no port to choose.
+
+    Args:
+        rank: this process.
+        world_size: how many processes call this.
+        store_path: a file on a disk that all of them see; it must not exist before the first call.
+        timeout_s: how long any exchange may take, in seconds.
+    """
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store_path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=dt.timedelta(seconds=timeout_s),
+    )
+
+
+def agreed_through_launcher(value: str, *, key: str, rank: int, address: str, port: int, timeout_s: float = 60) -> str:
+    """Agree on rank 0's `value` before there is a process group, through the store that torchrun keeps for its ranks.
+
+    Args:
+        value: what rank 0 proposes; ignored on the others.
+        key: names the question.
+        rank: this process.
+        address: torchrun's MASTER_ADDR.
+        port: torchrun's MASTER_PORT.
+        timeout_s: how long to wait for rank 0, in seconds.
+
+    Collective: rank 0 writes, all read; no training collective.
+    """
+    store = dist.TCPStore(address, port, is_master=False, timeout=dt.timedelta(seconds=timeout_s))
+    if rank == 0:
+        store.set(key, value)
+    return bytes(store.get(key)).decode()
+
+
+def _world_timeout() -> dt.timedelta:
+    """Read the timeout the world was started with: `new_group` would fall back to the backend's 10 or 30 minutes."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    options = getattr(dist.group.WORLD, "_get_backend")(device).options  # noqa: B009
+    return options._timeout if options is not None else dt.timedelta(minutes=10)  # noqa: SLF001
+
+
+def _raise_named(error: RuntimeError, ranks: Sequence[int], what: str) -> NoReturn:
+    """Turn a backend's words into ours: who waited, where, for whom."""
+    first_line = str(error).strip().splitlines()[0][:160]
+    raise GroupError(
+        f"rank {rank()} waited in {what} for ranks {', '.join(map(str, ranks))}; one of them failed or never came.\n"
+        f"Does every rank run the same model, and reach this layer in every step? Backend: {first_line}",
+    ) from error

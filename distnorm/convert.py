@@ -1,0 +1,270 @@
+"""Turn a model's batch norms into what a `NormSpec` says, in place, and back.
+
+In place means: the same module objects, another class. So lists, hooks, aliases, parameter objects, `training`,
+`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.errors import ConfigError
+from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.ghost import GhostBatchNorm
+from distnorm.norms.sync import SyncBatchNorm
+from distnorm.norms.weight import STANDARDIZED
+from distnorm.policy import NormSpec, group_count
+
+_SOURCES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm)
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedLayer:
+    """One row of a `Conversion`: what the layer was, what it is now, and which samples share its statistics."""
+
+    name: str
+    channels: int
+    was: str
+    now: str
+    normalization_batch: int
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Snapshot:
+    """What a module was: its class, and its attributes less the parameters' and buffers' values, that live on."""
+
+    module: nn.Module
+    cls: type[nn.Module]
+    attributes: dict[str, Any]
+    buffers: dict[str, torch.Tensor | None]
+    not_saved: frozenset[str]
+
+
+class Conversion:
+    """The record of a conversion: prints as a table, and can be undone.
+
+    Attributes:
+        model: the very model that was converted.
+        spec: the decision it follows.
+        layers: one row a converted module, in the model's order.
+        lost_keys: `state_dict` keys that the model had before and has no more.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: NormSpec, layers: tuple[ConvertedLayer, ...], snapshots: list[_Snapshot]
+    ) -> None:
+        self.model, self.spec, self.layers = model, spec, layers
+        self.lost_keys = tuple(sorted(_lost_keys(model, snapshots)))
+        self._snapshots = snapshots
+
+    def revert(self) -> nn.Module:
+        """Give every layer its class, settings and buffers back; weights and running statistics keep what they learned.
+
+        Returns:
+            The model. A second call changes nothing.
+        """
+        while self._snapshots:
+            _restore(self._snapshots.pop())
+        return self.model
+
+    def __str__(self) -> str:
+        """Draw the table: layer, channels, was, is, normalization batch, why."""
+        rows = [(r.name, str(r.channels), r.was, r.now, str(r.normalization_batch), r.why) for r in self.layers]
+        return aligned([("layer", "channels", "was", "is", "normalization batch", "why"), *rows])
+
+
+def convert(model: nn.Module, spec: NormSpec) -> Conversion:
+    """Make every batch norm of `model` what `spec` says, in place.
+
+    Args:
+        model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm` or distnorm's own layers, or is one.
+        spec: from `decide`, or built by hand.
+
+    Returns:
+        The record of what was changed; its `model` is the argument.
+
+    Collective: none.
+
+    Raises:
+        ConfigError: the model is wrapped in DDP, scripted, has a lazy norm or a subclass with its own forward, or no
+            batch norm at all. Nothing is changed then.
+
+    Example:
+        >>> from distnorm import decide
+        >>> model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU())
+        >>> conversion = convert(model, decide(device_batch=2, world_size=8))
+        >>> model[1]
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, sync_ranks=8)
+        >>> conversion.revert()[1]
+        BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    norms = _find_norms(model)
+    changes: list[tuple[str, nn.Module, Callable[[nn.Module, NormSpec], str]]] = []
+    if spec.kind == "group_ws":
+        changes += [(name, conv, _to_standardized) for name, conv in _convolutions_before(model, norms)]
+    changes += [(name, norm, _CHANGES[spec.kind]) for name, norm in norms.items()]
+    order = {id(module): place for place, module in enumerate(model.modules())}
+    rows, snapshots = [], []
+    for name, module, change in sorted(changes, key=lambda item: order[id(item[1])]):
+        snapshots.append(_take_snapshot(module))
+        was, channels = type(module).__name__, _channels(module)
+        why = change(module, spec)
+        if isinstance(module, AbstractBatchStatisticsNorm):
+            module.layer_name = name
+        rows.append(ConvertedLayer(name, channels, was, type(module).__name__, spec.normalization_batch, why))
+    return Conversion(model, spec, tuple(rows), snapshots)
+
+
+def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Walk the batch norms of a model that keep running statistics, ours and torch's, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            yield name, module
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Lay rows out as a plain-text table; the first is the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _find_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Collect what is to be converted, or refuse the model."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"convert() got a {type(model).__name__} model. Convert before wrapping, or pass model.module.",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "convert() got a scripted model, whose layers are fixed. Convert first, then torch.jit.script."
+        )
+    norms: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) in _SOURCES:
+            norms[name or "(the model)"] = module
+        elif isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"layer {name!r} is a {type(module).__name__}, that does not know its channels yet.\n"
+                "Run one batch through the model first, then convert.",
+            )
+        elif isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"layer {name!r} is a {type(module).__name__}, a batch norm with a forward of its own, that convert() "
+                "would drop.\nReplace it with nn.BatchNorm1d/2d/3d and what it does besides.",
+            )
+    if not norms:
+        raise ConfigError(
+            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
+            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
+        )
+    return norms
+
+
+def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Find the convolutions whose output a norm takes: registered right before one, with as many channels.
+
+    Only those may lose their weights' scale, for only there a norm takes it out again.
+    """
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    ids = {id(norm) for norm in norms.values()}
+    for (name, module), (_, after) in itertools.pairwise(leaves):
+        if type(module) in STANDARDIZED and id(after) in ids and _channels(module) == _channels(after):
+            yield name, module
+
+
+def _channels(module: nn.Module) -> int:
+    for attribute in ("num_features", "num_channels", "out_channels"):
+        if hasattr(module, attribute):
+            return int(getattr(module, attribute))
+    raise AssertionError(f"{type(module).__name__} has no channels")
+
+
+def _to_batch(norm: nn.Module, spec: NormSpec) -> str:
+    if type(norm) in (nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm):
+        # Which dimension the layer had is not known any more: a group of one rank is local batch norm of any dimension.
+        _become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
+    _set_momentum(norm, spec)
+    return spec.in_words()
+
+
+def _to_sync(norm: nn.Module, spec: NormSpec) -> str:
+    _become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None)
+    _set_momentum(norm, spec)
+    return spec.in_words()
+
+
+def _to_ghost(norm: nn.Module, spec: NormSpec) -> str:
+    _become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch)
+    _set_momentum(norm, spec)
+    return spec.in_words()
+
+
+def _to_group(norm: nn.Module, spec: NormSpec) -> str:
+    channels = int(norm.num_features)  # type: ignore[arg-type]
+    groups = group_count(channels, spec.groups)
+    for attribute in ("num_features", "momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch"):
+        norm.__dict__.pop(attribute, None)
+    for buffer in _BUFFERS:
+        norm._buffers.pop(buffer, None)  # noqa: SLF001
+    _become(norm, nn.GroupNorm, num_groups=groups, num_channels=channels)
+    return f"{groups} group{'s' if groups > 1 else ''} of {channels // groups} channels"
+
+
+def _to_standardized(conv: nn.Module, _: NormSpec) -> str:
+    _become(conv, STANDARDIZED[type(conv)])
+    return "its norm takes the weights' scale out"
+
+
+_CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
+    "batch": _to_batch,
+    "sync": _to_sync,
+    "ghost": _to_ghost,
+    "group": _to_group,
+    "group_ws": _to_group,
+}
+
+
+def _become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
+    module.__class__ = cls
+    module.__dict__.update(attributes)
+
+
+def _set_momentum(norm: nn.Module, spec: NormSpec) -> None:
+    if spec.momentum is not None:
+        norm.momentum = spec.momentum  # type: ignore[assignment]
+
+
+_STATE = {"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"}
+
+
+def _take_snapshot(module: nn.Module) -> _Snapshot:
+    attributes = {k: v for k, v in module.__dict__.items() if k not in _STATE and not k.endswith("_hooks")}
+    not_saved = frozenset(module._non_persistent_buffers_set)  # noqa: SLF001
+    return _Snapshot(module, type(module), attributes, dict(module._buffers), not_saved)  # noqa: SLF001
+
+
+def _restore(snapshot: _Snapshot) -> None:
+    """Undo one change; what the user did to hooks, mode, parameters and living buffers meanwhile stays done."""
+    module = snapshot.module
+    module.__class__ = snapshot.cls
+    for key in [k for k in module.__dict__ if k not in _STATE and not k.endswith("_hooks")]:
+        if key not in snapshot.attributes:
+            del module.__dict__[key]
+    module.__dict__.update(snapshot.attributes)
+    for name, buffer in snapshot.buffers.items():
+        module._buffers.setdefault(name, buffer)  # noqa: SLF001
+
+
+def _lost_keys(model: nn.Module, snapshots: list[_Snapshot]) -> Iterator[str]:
+    names = {id(module): name for name, module in model.named_modules()}
+    for snapshot in snapshots:
+        for buffer in snapshot.buffers.keys() - snapshot.module._buffers.keys() - snapshot.not_saved:  # noqa: SLF001
+            yield f"{names[id(snapshot.module)]}.{buffer}".lstrip(".")

@@ -1,0 +1,201 @@
+"""What classification data modules share: settings checked, ranks known, loaders built, the data described."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+from distnorm.data.augmentation import Transform
+from distnorm.data.datasets import AbstractSamples, Batch, ClassificationDataset, as_is
+from distnorm.data.sampler import (
+    EvaluationBatchSampler,
+    GlobalBatchSampler,
+    Pair,
+    check_device_batch,
+    check_last_batch,
+)
+from distnorm.data.stream import check_seed
+from distnorm.errors import ConfigError, did_you_mean
+
+SPLITS = ("train", "val", "test")
+
+
+class AbstractClassificationData(LightningDataModule, ABC):
+    """Training, validation and test images for a classification task.
+
+    Global batches are the same however many ranks share them (`GlobalBatchSampler`), evaluation counts every sample
+    once (`EvaluationBatchSampler`), and augmentation is a pure function of (seed, epoch, sample). The ranks are the
+    trainer's; without a trainer there is one. The samplers do the dealing, so pass `use_distributed_sampler=False` to
+    the trainer (with several ranks it refuses to train otherwise).
+
+    Args:
+        device_batch: samples one device sees per forward.
+        seed: what order and augmentation depend on, 0 … 2^32 - 1.
+        augmentation: name of the training transform, one of `augmentations`.
+        last_batch: `"drop"` leaves an incomplete global batch out, `"keep"` deals it unevenly.
+        num_workers: processes that load batches ahead, a loader; 0 loads in the training process.
+
+    Attributes:
+        augmentations: the training transforms by name; `"none"` is what evaluation uses.
+        num_classes: number of classes.
+        input_shape: channels, height and width of one input.
+        notes: what `describe` adds about this data.
+
+    Raises:
+        ConfigError: an argument is out of range or unknown.
+    """
+
+    augmentations: ClassVar[Mapping[str, Transform]]
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        device_batch: int,
+        augmentation: str,
+        seed: int = 0,
+        last_batch: str = "drop",
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        check_device_batch(device_batch)
+        check_last_batch(last_batch)
+        check_seed(seed)
+        _check_num_workers(num_workers)
+        _check_augmentation(augmentation, self.augmentations)
+        self.device_batch, self.seed, self.augmentation = device_batch, seed, augmentation
+        self.last_batch, self.num_workers = last_batch, num_workers
+
+    @abstractmethod
+    def samples(self, split: str) -> AbstractSamples:
+        """Give the samples of one split; cheap when called again.
+
+        Args:
+            split: `"train"`, `"val"` or `"test"`.
+        """
+
+    def num_samples(self, split: str) -> int:
+        """Count the samples of one split.
+
+        Args:
+            split: `"train"`, `"val"` or `"test"`.
+
+        Raises:
+            ConfigError: there is no such split.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"split='{split}' is not one of {', '.join(SPLITS)}.{did_you_mean(split, SPLITS)}")
+        return len(self.samples(split).targets)
+
+    def global_count(self, batch_index: int) -> int:
+        """Count the samples that all ranks together see in one training step.
+
+        A task weights the loss of an uneven last batch with it.
+
+        Args:
+            batch_index: step of the epoch.
+        """
+        return self._train_sampler().global_count(batch_index)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Build this rank's loader of augmented training batches: [n, C, H, W] float32 and [n] int64; n may be 0."""
+        return self._loader("train", self.augmentations[self.augmentation], self._train_sampler())
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Build this rank's loader of untouched validation batches; shapes as in `train_dataloader`."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Build this rank's loader of untouched test batches; shapes as in `train_dataloader`."""
+        return self._evaluation_loader("test")
+
+    def describe(self, world_size: int | None = None) -> str:
+        """Say in one line how many samples there are, how many steps an epoch has and what its last batch does.
+
+        Args:
+            world_size: ranks that share an epoch; `None` asks the trainer.
+
+        Raises:
+            ConfigError: the training samples do not fill one global batch.
+        """
+        counts = ", ".join(f"{split} {self.num_samples(split)}" for split in SPLITS)
+        sampler = self._train_sampler(world_size)
+        steps = f"{len(sampler)} steps an epoch of {sampler.global_batch} samples"
+        return "; ".join([f"{counts} samples", steps, _last_batch_in_words(sampler), *self.notes])
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _train_sampler(self, world_size: int | None = None) -> GlobalBatchSampler:
+        rank, world_size = self._ranks() if world_size is None else (0, world_size)
+        return GlobalBatchSampler(
+            num_samples=self.num_samples("train"),
+            device_batch=self.device_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=self.seed,
+            last_batch=self.last_batch,
+        )
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        rank, world_size = self._ranks()
+        sampler = EvaluationBatchSampler(
+            num_samples=self.num_samples(split), device_batch=self.device_batch, rank=rank, world_size=world_size
+        )
+        return self._loader(split, self.augmentations["none"], sampler)
+
+    def _loader(self, split: str, transform: Transform, sampler: Sampler[list[Pair]]) -> DataLoader[Batch]:
+        return _LateLoader(
+            ClassificationDataset(self.samples(split), transform, self.seed),
+            batch_sampler=sampler,
+            collate_fn=as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            # its own generator: else every epoch takes a number from the stream that the model's dropout uses
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+class _LateLoader(DataLoader[Batch]):
+    """A loader that asks its sampler at the first batch, not at `iter()`.
+
+    On resume Lightning calls `iter()` before it announces the epoch, and workers would load epoch 0 once more:
+    https://github.com/Lightning-AI/pytorch-lightning/issues/21938
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
+
+
+def _last_batch_in_words(sampler: GlobalBatchSampler) -> str:
+    setting = f"(data.last_batch={sampler.last_batch})"
+    if sampler.left_out:
+        return (
+            f"the last {sampler.left_out} of {sampler.num_samples} training samples are left out each epoch, "
+            f"other ones each time {setting}"
+        )
+    last = sampler.global_count(len(sampler) - 1)
+    if last < sampler.global_batch:
+        return f"the last step has {last} samples, dealt as evenly as possible {setting}"
+    return f"every training sample is seen once an epoch {setting}"
+
+
+def _check_num_workers(num_workers: int) -> None:
+    if num_workers < 0:
+        raise ConfigError(
+            f"data.num_workers={num_workers} must be at least 0. "
+            "Give the number of loading processes, or data.num_workers=0 to load in the training process."
+        )
+
+
+def _check_augmentation(augmentation: str, known: Mapping[str, Transform]) -> None:
+    if augmentation not in known:
+        raise ConfigError(
+            f"data.augmentation='{augmentation}' is not one of {', '.join(known)}.{did_you_mean(augmentation, known)} "
+            f"Use data.augmentation={next(iter(known))}."
+        )

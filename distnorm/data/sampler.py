@@ -1,0 +1,219 @@
+"""Which samples a rank sees in which step: the same samples in every step, however many ranks share them.
+
+A batch is a list of `(epoch, sample index)` pairs, so that whoever loads a sample, in this process or in a loader
+worker, knows everything its augmentation depends on.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+from distnorm.data.stream import check_seed, stream
+from distnorm.errors import ConfigError, did_you_mean
+
+Pair = tuple[int, int]
+
+LAST_BATCH = ("drop", "keep")
+
+
+class GlobalBatchSampler(Sampler[list[Pair]]):
+    """Deal the training samples of an epoch to the ranks, one global batch after the other.
+
+    With G = device_batch · world_size, global batch i is `order[i·G : (i+1)·G]`, where `order` is a permutation that
+    depends on (seed, epoch) alone; rank r takes the r-th contiguous chunk of it. Two worlds with the same G therefore
+    train on the same global batches.
+
+    Args:
+        num_samples: samples in the data set.
+        device_batch: samples one device sees per forward.
+        rank: this process, 0 … world_size - 1.
+        world_size: number of ranks.
+        seed: what the order depends on, besides the epoch.
+        shuffle: a new order each epoch; `False`: the order of the data set.
+        last_batch: what becomes of the samples that do not fill a global batch. `"drop"`: they are left out (others
+            each epoch, by the shuffle). `"keep"`: they make one more, smaller batch, dealt as evenly as possible; with
+            fewer samples than ranks the last ranks get an empty list.
+
+    Raises:
+        ConfigError: an argument is out of range, or there is not even one batch.
+
+    Example:
+        >>> sampler = GlobalBatchSampler(
+        ...     num_samples=5, device_batch=1, rank=1, world_size=2, seed=0, shuffle=False, last_batch="keep"
+        ... )
+        >>> list(sampler)
+        [[(0, 1)], [(0, 3)], []]
+        >>> [sampler.global_count(step) for step in range(len(sampler))]
+        [2, 2, 1]
+    """
+
+    def __init__(
+        self,
+        *,
+        num_samples: int,
+        device_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool = True,
+        last_batch: str = "drop",
+    ) -> None:
+        check_device_batch(device_batch)
+        check_last_batch(last_batch)
+        check_seed(seed)
+        _check_rank(rank, world_size)
+        self.num_samples, self.device_batch = num_samples, device_batch
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle, self.last_batch = seed, shuffle, last_batch
+        self.epoch = 0
+        self._check_one_batch()
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a full step over all ranks."""
+        return self.device_batch * self.world_size
+
+    @property
+    def left_out(self) -> int:
+        """Samples that an epoch leaves out."""
+        return self.num_samples % self.global_batch if self.last_batch == "drop" else 0
+
+    @property
+    def sampler(self) -> "GlobalBatchSampler":
+        """This sampler: Lightning announces an epoch to `batch_sampler.sampler`, not to `batch_sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration deals.
+
+        Args:
+            epoch: 0 for the first.
+        """
+        self.epoch = epoch
+
+    def global_count(self, batch_index: int) -> int:
+        """Count the samples of one step over all ranks.
+
+        Args:
+            batch_index: step of the epoch, 0 … len - 1.
+
+        Raises:
+            IndexError: the epoch has no such step.
+        """
+        if not 0 <= batch_index < len(self):
+            raise IndexError(
+                f"batch_index={batch_index} is not a step of this epoch. It has the steps 0..{len(self) - 1}."
+            )
+        return min(self.global_batch, self.num_samples - batch_index * self.global_batch)
+
+    def __len__(self) -> int:
+        full, rest = divmod(self.num_samples, self.global_batch)
+        return full + (rest > 0 and self.last_batch == "keep")
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        epoch, order = self.epoch, self._order()
+        for step in range(len(self)):
+            share = chunk(self.global_count(step), self.rank, self.world_size)
+            start = step * self.global_batch
+            yield [(epoch, order[start + position]) for position in share]
+
+    def _order(self) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.num_samples)
+        order: list[int] = stream(self.seed, self.epoch).permutation(self.num_samples).tolist()
+        return order
+
+    def _check_one_batch(self) -> None:
+        if self.num_samples < 1:
+            raise ConfigError(
+                "The training data has 0 samples; a run needs at least one. Check the data set's path and split."
+            )
+        if len(self) == 0:
+            raise ConfigError(
+                f"{self.num_samples} training samples do not fill one global batch of {self.global_batch} "
+                f"(device_batch={self.device_batch} x {self.world_size} ranks). "
+                "Lower data.device_batch or use data.last_batch=keep."
+            )
+
+
+class EvaluationBatchSampler(Sampler[list[Pair]]):
+    """Deal every sample to exactly one rank: no padding, no shuffle, nothing counted twice.
+
+    Rank r takes the r-th of `world_size` contiguous parts, whose sizes differ by at most one, in batches of
+    `device_batch`. A rank without samples gets one empty batch, because Lightning refuses a rank without a batch.
+
+    Args:
+        num_samples: samples in the data set; 0 is allowed.
+        device_batch: samples one device sees per forward.
+        rank: this process, 0 … world_size - 1.
+        world_size: number of ranks.
+
+    Raises:
+        ConfigError: an argument is out of range.
+
+    Example:
+        >>> list(EvaluationBatchSampler(num_samples=5, device_batch=2, rank=0, world_size=2))
+        [[(0, 0), (0, 1)], [(0, 2)]]
+    """
+
+    def __init__(self, *, num_samples: int, device_batch: int, rank: int, world_size: int) -> None:
+        check_device_batch(device_batch)
+        _check_rank(rank, world_size)
+        self.device_batch = device_batch
+        self.share = chunk(num_samples, rank, world_size)
+
+    def __len__(self) -> int:
+        return max(1, -(-len(self.share) // self.device_batch))
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        for batch in range(len(self)):
+            start = batch * self.device_batch
+            yield [(0, index) for index in self.share[start : start + self.device_batch]]
+
+
+def chunk(count: int, rank: int, world_size: int) -> range:
+    """Find the positions that one rank takes when `count` samples are dealt in contiguous parts as evenly as possible.
+
+    The first ranks get the larger parts.
+
+    Args:
+        count: samples to deal.
+        rank: who takes them.
+        world_size: number of parts.
+    """
+    size, larger = divmod(count, world_size)
+    start = rank * size + min(rank, larger)
+    return range(start, start + size + (rank < larger))
+
+
+def check_device_batch(device_batch: int) -> None:
+    """Refuse a batch without samples.
+
+    Raises:
+        ConfigError: `device_batch` is below 1.
+    """
+    if device_batch < 1:
+        raise ConfigError(
+            f"data.device_batch={device_batch} must be at least 1. "
+            "Give the samples one device sees per forward, e.g. data.device_batch=16."
+        )
+
+
+def check_last_batch(last_batch: str) -> None:
+    """Refuse an unknown way to treat the last batch.
+
+    Raises:
+        ConfigError: `last_batch` is neither `"drop"` nor `"keep"`.
+    """
+    if last_batch not in LAST_BATCH:
+        raise ConfigError(
+            f"data.last_batch='{last_batch}' is not one of {', '.join(LAST_BATCH)}."
+            f"{did_you_mean(last_batch, LAST_BATCH)} Use drop (leave an incomplete global batch out) or keep."
+        )
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"rank={rank} must lie in 0..world_size-1 with world_size={world_size}. Pass the trainer's own numbers."
+        )

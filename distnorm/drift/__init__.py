@@ -1,0 +1,1 @@
+"""How far statistics drift: measures, their monitor, and the record of a run."""

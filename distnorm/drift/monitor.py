@@ -1,0 +1,217 @@
+"""The drift monitor: a Lightning callback that measures every batch norm with running statistics, once an interval.
+
+Cost. Layers synchronized over the whole world hand over the moments of all ranks that their forward gathered anyway.
+All others join one packed gather an interval. Between intervals a hook returns at once. One device-to-host copy an
+interval.
+
+Legend: C channels, R ranks, B blocks of ranks that share statistics, K = 2C + 1 packed moments.
+"""
+
+import collections
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm import collectives
+from distnorm.convert import normalization_layers
+from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, excess_jeffreys, jeffreys_floor
+from distnorm.moments import Moments
+from distnorm.norms.sync import SyncBatchNorm
+
+_WINDOW = 25
+_FEWEST_TIMES = 5
+_RECENT = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class WorstDrift:
+    """The layer furthest off in the last measurements: mean excess Jeffreys divergence, in nats."""
+
+    value: float
+    layer: str
+
+
+@dataclasses.dataclass
+class _Watched:
+    """One layer, and what its forward left in a step that is measured."""
+
+    name: str
+    layer: _BatchNorm
+    reference: Tensor | None = None  # [2C] running mean and variance before the step
+    own: Tensor | None = None  # [K] this rank's batch
+    positions: int = 1
+    windows: tuple[Moments | None, Moments] | None = None
+
+    def forget(self) -> None:
+        self.reference = self.own = None
+
+
+class DriftMonitor(Callback):
+    """Log how far each layer's batch is from its running statistics, and the ranks from each other.
+
+    Logged as `drift/<layer>/jeffreys` (mean over channels of the excess Jeffreys divergence, nats),
+    `drift/<layer>/jeffreys_max` (its worst channel) and `drift/<layer>/between_ranks` (persistent between-rank ratio,
+    median over channels; from the 5th measurement on, with 2 ranks or more). The divergence needs a normalization batch
+    of at least 4.
+
+    Args:
+        interval: steps between measurements.
+
+    Collective: 1 gather of 4C + 1 float numbers a layer that is not synchronized over the world, all in one, an
+        interval; none where all layers are. Every rank measures in the same steps.
+    """
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+        self._watched: list[_Watched] = []
+        self._handles: list[Any] = []
+        self._measuring = False
+        self._recent: dict[str, collections.deque[float]] = {}
+
+    @property
+    def worst(self) -> WorstDrift | None:
+        """The worst layer by the mean of its last measurements; `None` where nothing was measured, and off rank 0."""
+        means = {name: sum(values) / len(values) for name, values in self._recent.items() if values}
+        if not means:
+            return None
+        layer = max(means, key=means.__getitem__)
+        return WorstDrift(means[layer], layer)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Watch the layers."""
+        self._watched = [
+            _Watched(name.removeprefix("model."), layer) for name, layer in normalization_layers(pl_module)
+        ]
+        self._handles = [w.layer.register_forward_pre_hook(self._hook_of(w)) for w in self._watched]
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of them."""
+        self.on_fit_end(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide whether this step is measured; alike on every rank."""
+        self._measuring = (trainer.global_step + 1) % self.interval == 0
+        for watched in self._watched:
+            watched.forget()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare, and log from rank 0, when the optimizer has stepped."""
+        if self._measuring and trainer.global_step % self.interval == 0:
+            values = self._measure()
+            for logger in trainer.loggers if trainer.is_global_zero and values else ():
+                logger.log_metrics(values, step=trainer.global_step)
+        self._measuring = False
+
+    def _hook_of(self, watched: _Watched) -> Any:
+        @torch.no_grad()
+        def look(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
+            if not self._measuring or not layer.training or watched.reference is not None:
+                return
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            x = args[0]
+            dtype = layer.running_mean.dtype
+            watched.reference = torch.cat((layer.running_mean, layer.running_var))
+            watched.positions = max(1, x[0:0].numel() // layer.num_features or x.shape[2:].numel())
+            if _block_size(layer) == 1:
+                watched.own = Moments.of(x).pack().to(dtype)
+
+        return look
+
+    def _measure(self) -> dict[str, float]:
+        """Bring all ranks' moments together, compute on every rank, name the numbers."""
+        seen = [watched for watched in self._watched if watched.reference is not None]
+        rows = self._gathered([w for w in seen if _block_size(w.layer) < collectives.world_size()])
+        scalars: dict[str, Tensor] = {}
+        for watched in seen:
+            if watched.name not in rows:
+                assert isinstance(watched.layer, SyncBatchNorm)
+                assert watched.reference is not None
+                moments_RK = watched.layer.rank_moments if watched.layer.rank_moments is not None else watched.own[None]  # type: ignore[index]
+                rows[watched.name] = (moments_RK, watched.reference.expand(len(moments_RK), -1))
+            scalars |= self._compare(watched, *rows[watched.name])
+        if not scalars:
+            return {}
+        numbers = torch.stack([value.double() for value in scalars.values()]).tolist()
+        return self._keep(dict(zip(scalars, numbers, strict=True)))
+
+    def _gathered(self, watched: list[_Watched]) -> dict[str, tuple[Tensor, Tensor]]:
+        if not watched:
+            return {}
+        parts = [torch.cat((_own_moments(w), w.reference)).double() for w in watched if w.reference is not None]
+        everyone = tuple(range(collectives.world_size()))
+        packed = collectives.gather(torch.cat(parts), everyone, "the drift monitor")
+        columns = torch.split(packed, [len(part) for part in parts], 1)
+        return {
+            w.name: (column[:, : -2 * w.layer.num_features], column[:, -2 * w.layer.num_features :])
+            for w, column in zip(watched, columns, strict=True)
+        }
+
+    def _compare(self, watched: _Watched, moments_RK: Tensor, reference_R2C: Tensor) -> dict[str, Tensor]:
+        ranks = len(moments_RK)
+        size = min(_block_size(watched.layer), ranks)
+        scalars = {}
+        batch = Moments.unpack(moments_RK.view(ranks // size, size, -1)).merged()
+        samples_B = batch.count / watched.positions
+        if float(samples_B.min()) >= FEWEST_SAMPLES:
+            mean_BC, var_BC = reference_R2C[::size].chunk(2, 1)
+            floor_B = jeffreys_floor(1.0, None) * 0 + torch.stack(
+                [torch.as_tensor(jeffreys_floor(float(n), watched.layer.momentum)) for n in samples_B]
+            ).to(mean_BC)
+            excess_C = excess_jeffreys(batch, mean_BC, var_BC, floor_B, watched.layer.eps)
+            scalars["jeffreys"], scalars["jeffreys_max"] = excess_C.mean(), excess_C.max()
+        over_time = self._over_time(watched, Moments.unpack(moments_RK)) if ranks > 1 else None
+        if over_time is not None:
+            scalars["between_ranks"] = between_rank_ratio(over_time).median()
+        return {f"drift/{watched.name}/{key}": value for key, value in scalars.items()}
+
+    def _over_time(self, watched: _Watched, ranks: Moments) -> Moments | None:
+        """Add this measurement to the window of the last 25 to 50; `None` while there are too few."""
+        if not bool((ranks.count > 0).all()):
+            return None
+        means = ranks.mean.double().cpu()
+        now = Moments(means.new_tensor(1.0), means.flatten(), torch.zeros_like(means).flatten())
+        before, current = watched.windows or (None, Moments(now.count * 0, now.mean * 0, now.m2))
+        current = current + now
+        watched.windows = (
+            (before, current) if current.count < _WINDOW else (current, Moments(now.count * 0, now.mean * 0, now.m2))
+        )
+        window = current if before is None else before + current
+        if window.count < _FEWEST_TIMES:
+            return None
+        return Moments(window.count, window.mean.view_as(means), window.m2.view_as(means))
+
+    def _keep(self, numbers: dict[str, float]) -> dict[str, float]:
+        layers = {key.split("/")[1]: value for key, value in numbers.items() if key.endswith("/jeffreys")}
+        for name, value in layers.items():
+            self._recent.setdefault(name, collections.deque(maxlen=_RECENT)).append(value)
+        worst = {"drift/worst/jeffreys": max(layers.values())} if layers else {}
+        ratios = [value for key, value in numbers.items() if key.endswith("/between_ranks")]
+        return numbers | worst | ({"drift/worst/between_ranks": max(ratios)} if ratios else {})
+
+
+def _block_size(layer: _BatchNorm) -> int:
+    return len(layer.members()) if isinstance(layer, SyncBatchNorm) else 1
+
+
+def _own_moments(watched: _Watched) -> Tensor:
+    layer = watched.layer
+    if watched.own is None and isinstance(layer, SyncBatchNorm) and layer.rank_moments is not None:
+        return layer.rank_moments[layer.members().index(collectives.rank())]
+    assert watched.own is not None
+    return watched.own

@@ -1,0 +1,40 @@
+"""What distnorm raises. A message says what failed in the user's words, the values, the rule and the remedy, in at most
+3 lines.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class DistNormError(Exception):
+    """Any mistake that distnorm can name. `train.py` prints it without a traceback and ends with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(DistNormError, ValueError):
+    """A setting, an argument or a combination of them that cannot work."""
+
+
+class ShapeError(DistNormError, ValueError):
+    """A tensor whose shape a layer cannot normalize."""
+
+
+class GroupError(DistNormError, RuntimeError):
+    """Ranks that do not find together: a collective that failed or timed out, or a group that cannot be made."""
+
+    exit_code = 3
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """Suggest the choice nearest to `word`.
+
+    Args:
+        word: what the user wrote.
+        choices: what is valid.
+
+    Returns:
+        `" Did you mean 'sync'?"`, or an empty string where nothing is near.
+    """
+    near = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

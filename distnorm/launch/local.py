@@ -1,0 +1,132 @@
+"""Start this machine's ranks through torch's elastic launcher, the engine of torchrun, and name the one that failed
+first.
+
+Each rank is a fresh process of the same script, that reads its configuration from the run folder. Rank 0 keeps the
+console; the others write to files. When one ends badly the others are ended, and none outlives this process.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from distnorm.errors import DistNormError, GroupError
+from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
+
+_PATIENCE_S = 3
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
+
+
+class RankError(DistNormError):
+    """A rank ended badly; the message names the first, with its traceback unless the mistake is the user's."""
+
+    exit_code = 1
+
+
+def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
+    """Run `num_ranks` processes of `script` on this machine, and wait for them.
+
+    Args:
+        script: the Python file that each rank executes.
+        run: its folder holds the configuration, and takes the ranks' output.
+        num_ranks: how many.
+
+    Raises:
+        RankError: a rank ended with an exception or by a signal; all others have been ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="distnorm-") as scratch:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_ranks,
+            run_id=run.path.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            **_shutdown_timeout(),
+        )
+        os.environ[RUN_DIR] = str(run.path)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # spares torch's warning; the run sets the threads itself
+        started = time.time()
+        try:
+            elastic_launch(config, sys.executable)("-u", script)
+        except ChildFailedError as error:
+            raise RankError(_describe(error, run, started)) from None
+        except SignalException as error:
+            raise SystemExit(128 + error.sigval) from None
+        finally:
+            del os.environ[RUN_DIR]
+
+
+def become_rank(run: RunFolder, rank: int) -> None:
+    """Prepare this process to be a rank: end with the launcher, and leave the console to rank 0."""
+    launcher = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if launcher == 1 or os.getppid() != launcher:  # it died before it could be watched
+        raise SystemExit(1)
+    if rank:
+        descriptor = os.open(run.log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.dup2(descriptor, sys.stderr.fileno())
+
+
+def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
+    """Leave word of the exception that ends this rank, with the time, for the launcher to find the first."""
+    message = str(error) if isinstance(error, DistNormError) else "".join(traceback.format_exception(error)).rstrip()
+    secondary = isinstance(error, GroupError) or any(word in str(error) for word in _LOST_PEER)
+    kind = type(error).__name__
+    write_json(run.error_of(rank), {"time": time.time(), "kind": kind, "message": message, "lost_peer": secondary})
+
+
+_LOST_PEER = ("closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Gloo", "gloo")
+
+
+def _shutdown_timeout() -> dict[str, Any]:
+    """Ask for a quick end where this torch can be asked: 2.11 waits 30 s."""
+    fields = {field.name for field in dataclasses.fields(LaunchConfig)}
+    return {"shutdown_timeout": _PATIENCE_S} if "shutdown_timeout" in fields else {}
+
+
+def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
+    """Say which rank failed first, and why. One that lost its peer is not the first; one killed by a signal is."""
+    notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
+    killed = [rank for rank, failure in error.failures.items() if _was_killed(failure) and rank not in notes]
+    own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
+    if own_fault:
+        first = min(own_fault, key=lambda rank: notes[rank]["time"])
+    elif killed:
+        first = killed[0]
+    else:
+        first = min(notes, key=lambda rank: notes[rank]["time"], default=min(error.failures))
+    others = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
+    log = f" Its output: {run.log_of(first)}" if first else ""
+    if first in notes:
+        note = notes[first]
+        return "\n".join([*others, f"rank {first} failed first, with {note['kind']}:", note["message"] + log])
+    failure = error.failures[first]
+    how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+    return "\n".join([*others, f"rank {first} failed first: it ended by {how} (process {failure.pid}).{log}"])
+
+
+def _was_killed(failure: ProcessFailure) -> bool:
+    return failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT)
+
+
+def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
+    files = (run.path / "ranks").glob("rank*.error.json")
+    return [(int(file.name.removeprefix("rank").removesuffix(".error.json")), file) for file in files]

@@ -1,0 +1,102 @@
+"""What a run says of itself: at its start what was chosen and why, at its end the result, on the console and in the
+folder.
+"""
+
+from typing import Any
+
+from distnorm.convert import Conversion
+from distnorm.drift.monitor import WorstDrift
+from distnorm.launch import console
+from distnorm.launch.ranks import Ranks
+from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
+from distnorm.policy import NormSpec
+from distnorm.settings import Settings
+
+
+def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conversion: Conversion) -> None:
+    """Print what was chosen and why, and keep the decision table in the run folder. First rank only.
+
+    Collective: none.
+    """
+    if not ranks.is_first:
+        return
+    plural = "s" if ranks.world_size > 1 else ""
+    devices = f"{ranks.world_size} {ranks.accelerator.upper()} rank{plural}"
+    devices += f" on {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
+    total = settings.device_batch * ranks.world_size
+    print(f"run       {run.path}")
+    print(f"devices   {devices}, device batch {settings.device_batch}, {total} samples a step")
+    if hasattr(data, "describe"):
+        print(f"data      {data.describe(ranks.world_size)}")
+    print("norm      " + str(conversion.spec).replace("\n", "\n          "))
+    if settings.ckpt_path is not None:
+        print(f"resumed   from {settings.ckpt_path}")
+    print(flush=True)
+    write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
+
+
+def config(settings: Settings, spec: NormSpec) -> dict[str, Any]:
+    """Join configuration and decision, as wandb keeps them."""
+    return {**settings.model_dump(), "decision": spec.to_dict()}
+
+
+def finish(
+    settings: Settings,
+    ranks: Ranks,
+    run: RunFolder,
+    spec: NormSpec,
+    metrics: dict[str, float],
+    samples_per_s: float | None,
+    worst: WorstDrift | None,
+) -> dict[str, Any]:
+    """Write `result.json`, and print the table and the folder. First rank only.
+
+    Args:
+        settings: what was asked for.
+        ranks: who took part.
+        run: the folder.
+        spec: the decision.
+        metrics: of the test set, with the best checkpoint.
+        samples_per_s: training samples a second over all ranks.
+        worst: the layer with the worst drift at the end.
+
+    Returns:
+        What `result.json` holds.
+
+    Collective: none.
+    """
+    result = {
+        "metrics": metrics,
+        "checkpoint": str(run.checkpoints / "best.ckpt"),
+        "resumed_from": settings.ckpt_path,
+        "samples_per_s": samples_per_s,
+        "worst_drift": {"layer": worst.layer, "excess_jeffreys_nats": worst.value} if worst else None,
+        "decision": spec.to_dict(),
+        "seed": settings.seed,
+        "world_size": ranks.world_size,
+        "versions": versions(),
+        "code_hash": code_hash(),
+    }
+    if not ranks.is_first:
+        return result
+    write_json(run.result, result)
+    console.table(
+        "Result on the test set, best checkpoint",
+        [
+            ("accuracy", f"{metrics['test/accuracy']:.4f}"),
+            ("loss", f"{metrics['test/loss']:.4f}"),
+            ("normalization", spec.in_words()),
+            ("training", f"{samples_per_s:.0f} samples/s" if samples_per_s else "too short to time"),
+            ("worst drift", _in_words(worst)),
+        ],
+    )
+    print(run.path, flush=True)
+    return result
+
+
+def _in_words(worst: WorstDrift | None) -> str:
+    if worst is None:
+        return "not measured"
+    if worst.value <= 0:
+        return f"none beyond sampling noise ({worst.value:+.3f} nats, in {worst.layer})"
+    return f"{worst.value:+.3f} nats beyond sampling noise, in {worst.layer}"

@@ -1,0 +1,129 @@
+"""The Lightning trainer that a run's settings ask for, and the random streams of its ranks."""
+
+import datetime as dt
+import inspect
+import random
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+
+from distnorm.errors import ConfigError, did_you_mean
+from distnorm.launch.ranks import Ranks
+from distnorm.launch.run_dir import RunFolder
+from distnorm.settings import TrainerSettings
+
+
+def make_trainer(
+    settings: TrainerSettings, ranks: Ranks, run: RunFolder, loggers: list[Logger], callbacks: list[Callback]
+) -> pl.Trainer:
+    """Make the trainer: DDP over the ranks that exist, without any broadcast of buffers, and two checkpoints.
+
+    Args:
+        settings: the group `trainer`.
+        ranks: who takes part.
+        run: where checkpoints go.
+        loggers: where numbers go.
+        callbacks: besides the checkpoints.
+
+    Raises:
+        ConfigError: a key of `trainer.lightning` that Lightning does not take, or that is a setting of ours.
+    """
+    set_threads(settings, ranks)
+    ours: dict[str, Any] = {
+        "accelerator": ranks.accelerator,
+        "devices": ranks.per_node,
+        "num_nodes": ranks.num_nodes,
+        "precision": settings.precision,
+        "max_epochs": settings.max_epochs,
+        "max_steps": settings.max_steps,
+        "check_val_every_n_epoch": settings.check_val_every_n_epoch,
+        "log_every_n_steps": settings.log_every_n_steps,
+        "accumulate_grad_batches": settings.accumulate_grad_batches,
+        "gradient_clip_val": settings.gradient_clip_val,
+        "default_root_dir": run.path,
+        "logger": loggers,
+        "callbacks": [*callbacks, _checkpoints(run)],
+        "use_distributed_sampler": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
+        "num_sanity_val_steps": 1,
+        "plugins": [_environment(ranks)],
+    }
+    if ranks.world_size > 1:
+        ours["strategy"] = _ddp(settings.timeout_s)
+    _check_extra(settings.lightning, ours)
+    return pl.Trainer(**ours, **settings.lightning)
+
+
+def seed_weights(seed: int) -> None:
+    """Seed what must be alike on all ranks: the initial weights."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Seed what must differ from rank to rank: dropout, and whatever else a model draws in training."""
+    stream = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
+    random.seed(stream)
+    np.random.seed(stream % 2**32)
+    torch.manual_seed(stream)
+
+
+def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
+    """Set the CPU threads of this rank: another number gives other bits, and ranks that share cores slow each other
+    down.
+    """
+    if settings.threads_per_rank is not None:
+        torch.set_num_threads(settings.threads_per_rank)
+    elif ranks.accelerator == "cpu":
+        torch.set_num_threads(1)
+
+
+def _ddp(timeout_s: float) -> DDPStrategy:
+    """Turn DDP's broadcast of buffers off, under the name this torch has for it: it would make rank 0's statistics all
+    ranks'.
+    """
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
+    switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {switch: False}
+    return DDPStrategy(timeout=dt.timedelta(seconds=timeout_s), gradient_as_bucket_view=True, **options)
+
+
+def _environment(ranks: Ranks) -> ClusterEnvironment:
+    if ranks.started_by == "slurm":
+        return SLURMEnvironment(auto_requeue=False)
+    return TorchElasticEnvironment() if ranks.started_by == "torchrun" else LightningEnvironment()
+
+
+def _checkpoints(run: RunFolder) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=run.checkpoints,
+        filename="best",
+        monitor="val/accuracy",
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def _check_extra(extra: dict[str, Any], ours: dict[str, Any]) -> None:
+    known = inspect.signature(pl.Trainer.__init__).parameters
+    for key, value in extra.items():
+        if key in ours:
+            raise ConfigError(f"trainer.lightning.{key}={value!r}: distnorm sets it itself. Use trainer.{key}={value}.")
+        if key not in known:
+            raise ConfigError(
+                f"trainer.lightning.{key}={value!r} is no argument of lightning.Trainer.{did_you_mean(key, known)}"
+            )

@@ -1,0 +1,3 @@
+"""Small reference networks with plain batch norms. Any other network comes in by its own class."""
+
+from distnorm.models.resnet import ResNet as ResNet

@@ -1,0 +1,80 @@
+"""Ghost batch normalization: fewer samples share statistics than one device holds.
+
+Legend: N samples, C channels, * positions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distnorm.moments import Moments
+from distnorm.norms.base import AbstractBatchStatisticsNorm
+
+
+class GhostBatchNorm(AbstractBatchStatisticsNorm):
+    """Normalize each run of `ghost_batch` consecutive samples with its own statistics.
+
+        y = (x - mean_ghost) / sqrt(var_ghost + eps) * weight + bias
+
+    The running statistics take the whole device batch at once, pooled exactly, with the term between the ghosts.
+    In eval mode the running statistics are used.
+
+    Args:
+        num_features: C, channels of the input.
+        ghost_batch: samples that share statistics; a last run with fewer samples shares among itself.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics; `None` averages all batches equally.
+        affine: learn `weight` and `bias`, one each a channel.
+        track_running_stats: keep running statistics; without them evaluation uses ghosts too.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
+
+    Shape: input [N, C, *] floating, N may be 0. output: the same.
+
+    Collective: none.
+
+    Raises:
+        ShapeError: dimension 1 is not `num_features`.
+        ValueError: (torch's) a ghost has one value a channel.
+
+    Example:
+        >>> GhostBatchNorm(3, ghost_batch=4)(torch.randn(8, 3)).shape
+        torch.Size([8, 3])
+
+    Source: Hoffer, Hubara & Soudry 2017, algorithm 1; its running average over ghosts is replaced by the pooled
+        moments.
+    """
+
+    ghost_batch: int = 1
+
+    def __init__(
+        self,
+        num_features: int,
+        ghost_batch: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.ghost_batch = ghost_batch
+
+    def extra_repr(self) -> str:
+        """Show the ghost batch beside what torch shows."""
+        return f"{super().extra_repr()}, ghost_batch={self.ghost_batch}"  # type: ignore[no-untyped-call]
+
+    def _normalize_with_batch(self, x: Tensor) -> Tensor:
+        if self.training:
+            self._take_batch(Moments.of(x.detach()))
+        return torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
+
+    def _normalize_ghost(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:  # torch refuses an empty batch; DDP needs `weight` and `bias` in the graph all the same
+            zeros, ones = x.new_zeros(self.num_features), x.new_ones(self.num_features)
+            return functional.batch_norm(x, zeros, ones, self.weight, self.bias, training=False, eps=self.eps)
+        return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)

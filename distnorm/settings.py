@@ -1,0 +1,303 @@
+"""The typed schema of conf/: every key, its type and range, and the checks across keys, before anything is built.
+
+One pydantic model checks what Hydra has composed, whatever way a value came in; nodes with a `_target_` are checked
+against the signature of what they build. An error names the key as one types it, the value, the rule and what to type
+instead.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import hydra.utils
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from distnorm.errors import ConfigError, did_you_mean
+from distnorm.policy import KINDS, NormSpec, decide
+
+DEFAULT_DEVICE_BATCH = 16
+Node = dict[str, Any]
+AtLeastOne = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[16])]
+Auto = Literal["auto"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class NormSettings(_Strict):
+    """Who shares statistics: the arguments of `distnorm.decide`."""
+
+    kind: Literal["auto", "batch", "sync", "ghost", "group", "group_ws"]
+    normalization_batch: AtLeastOne
+    min_normalization_batch: AtLeastOne
+    exact: bool
+    sync_ranks: AtLeastOne | None
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(description="a number in (0, 1]", examples=[0.1])
+    pretrained: bool
+
+
+class TrainerSettings(_Strict):
+    """On what, and for how long."""
+
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: AtLeastOne | Auto = Field(description="a whole number of at least 1, or auto", examples=[2])
+    num_nodes: AtLeastOne | Auto = Field(description="a whole number of at least 1, or auto", examples=[2])
+    ranks_from: Literal["auto", "local", "torchrun", "slurm"]
+    precision: Annotated[
+        Literal["32-true", "64-true", "bf16-mixed", "16-mixed"],
+        BeforeValidator(lambda value: f"{value}-true" if value in (32, 64, "32", "64") else value),
+    ]
+    max_epochs: AtLeastOne
+    max_steps: Annotated[int, Field(ge=-1)] = Field(description="a whole number, -1 for no limit", examples=[1000])
+    check_val_every_n_epoch: AtLeastOne
+    log_every_n_steps: AtLeastOne
+    accumulate_grad_batches: AtLeastOne
+    gradient_clip_val: Annotated[float, Field(gt=0)] | None = Field(description="a number above 0", examples=[1.0])
+    threads_per_rank: AtLeastOne | None
+    timeout_s: Annotated[float, Field(gt=0)] = Field(description="seconds, above 0", examples=[300])
+    progress_every_s: Annotated[float, Field(gt=0)] = Field(description="seconds, above 0", examples=[10])
+    lightning: dict[str, Any]
+
+
+class DriftSettings(_Strict):
+    """Which drift measures, and how often."""
+
+    kind: Literal["none", "light"]
+    interval: AtLeastOne
+
+
+class LoggerSettings(_Strict):
+    """Where wandb writes."""
+
+    mode: Literal["offline", "online", "disabled"]
+    project: str = Field(description="a name", examples=["distnorm"])
+    entity: str | None
+    name: str | None
+    group: str | None
+    tags: list[str]
+
+
+class Settings(_Strict):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="a whole number of at least 0", examples=[0])
+    ckpt_path: str | None
+    runs_dir: str
+    data: Node
+    model: Node
+    task: Node
+    norm: NormSettings
+    optimizer: Node
+    trainer: TrainerSettings
+    drift: DriftSettings
+    logger: LoggerSettings
+
+    @property
+    def device_batch(self) -> int:
+        """Samples one device sees per forward."""
+        return int(self.data["device_batch"])
+
+    def decide(self, world_size: int, ranks_per_node: int) -> NormSpec:
+        """Ask the policy for these settings on so many ranks."""
+        return decide(self.device_batch, world_size, ranks_per_node=ranks_per_node, **self.norm.model_dump())
+
+    def with_batches(self, world_size: int) -> "Settings":
+        """Fill in what follows from the number of ranks: `device_batch` from `global_batch`, or the other way round.
+
+        Raises:
+            ConfigError: both are given and disagree, or the global batch does not divide over the ranks.
+        """
+        device, whole = self.data.get("device_batch"), self.data.get("global_batch")
+        if device is None and whole is not None:
+            if whole % world_size:
+                raise ConfigError(
+                    f"data.global_batch={whole} does not divide over {world_size} ranks. "
+                    f"Use a multiple of {world_size}, e.g. data.global_batch={-(-whole // world_size) * world_size}.",
+                )
+            device = whole // world_size
+        elif device is None:
+            device = DEFAULT_DEVICE_BATCH
+        elif whole is not None and whole != device * world_size:
+            raise ConfigError(
+                f"data.device_batch={device} on {world_size} ranks is {device * world_size} samples a step, and "
+                f"data.global_batch={whole} asks for another number. Give one of the two.",
+            )
+        return self.model_copy(
+            update={"data": {**self.data, "device_batch": device, "global_batch": device * world_size}}
+        )
+
+    def to_yaml(self) -> str:
+        """Write the resolved settings, ready for `from_yaml`."""
+        return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
+
+
+def check(config: DictConfig | Mapping[str, Any]) -> Settings:
+    """Turn a composed configuration into `Settings`, or say what is wrong with it.
+
+    Raises:
+        ConfigError: the first thing that is wrong.
+    """
+    values: Any = (
+        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        if isinstance(config, DictConfig)
+        else config
+    )
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_in_words(error)) from None
+    for name in ("device_batch", "global_batch"):
+        _check_value(f"data.{name}", settings.data.get(name), AtLeastOne | None)
+    data = {key: value for key, value in settings.data.items() if key not in ("device_batch", "global_batch")}
+    check_target("data", data, given=("device_batch",))
+    check_target("model", settings.model)
+    check_target("task", settings.task, given=("model", "optimizer"))
+    check_target("optimizer", settings.optimizer, given=("params",))
+    return settings
+
+
+def from_yaml(text: str) -> Settings:
+    """Read what `Settings.to_yaml` wrote."""
+    return Settings.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
+
+
+def build(node: Node, **given: Any) -> Any:
+    """Build what a node's `_target_` names, with the arguments beside it.
+
+    Raises:
+        ConfigError: (the target's own) an argument it refuses.
+    """
+    try:
+        return hydra.utils.instantiate({k: v for k, v in node.items() if k != "global_batch"}, **given, _convert_="all")
+    except HydraException as error:
+        if isinstance(error.__cause__, ConfigError):
+            raise error.__cause__ from None
+        raise
+
+
+def check_target(path: str, node: Node, given: Sequence[str] = ()) -> None:
+    """Hold a node's keys and plain values against the signature of its `_target_`.
+
+    Args:
+        path: where the node is: `model`.
+        node: its values.
+        given: arguments that the run adds itself.
+
+    Raises:
+        ConfigError: the target is missing or cannot be imported; a key it does not take, or a value of another type.
+    """
+    name = node.get("_target_")
+    if not isinstance(name, str):
+        raise ConfigError(
+            f"{path}._target_={name!r} names nothing to build. Give a class, e.g. {path}._target_=package.Class."
+        )
+    try:
+        target = hydra.utils.get_object(name)
+    except Exception as error:  # noqa: BLE001 — importing runs code we do not know
+        cause = str(error.__cause__ or error).strip().splitlines()[-1][:160]
+        raise ConfigError(
+            f"{path}._target_={name!r} cannot be imported: {cause}.\n"
+            f"Install the package ({name.split('.')[0]}), or correct the name.",
+        ) from None
+    parameters = inspect.signature(target).parameters
+    hints = _type_hints(target)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_"):
+            continue
+        if key not in parameters and not open_ended:
+            near = did_you_mean(key, parameters)
+            raise ConfigError(
+                f"{path}.{key}={value!r} is not an argument of {name}.{near} It takes {', '.join(parameters)}."
+            )
+        if key in hints:
+            _check_value(f"{path}.{key}", value, hints[key])
+    for parameter in parameters.values():
+        required = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if required and parameter.name not in node and parameter.name not in given:
+            raise ConfigError(f"{path}.{parameter.name} is missing, and {name} needs it. Add {path}.{parameter.name}=…")
+
+
+def _type_hints(target: Any) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # hints that only a type checker can read
+        return {}
+    return {key: hint for key, hint in hints.items() if _is_plain(hint)}
+
+
+def _is_plain(hint: Any) -> bool:
+    arguments = get_args(hint)
+    return hint in (int, float, bool, str, type(None)) or (
+        bool(arguments) and all(map(_is_plain, arguments)) and "[" not in str(hint)
+    )
+
+
+def _check_value(key: str, value: Any, hint: Any) -> None:
+    try:
+        TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        rule = error.errors()[0]
+        what = {"greater_than_equal": "a whole number of at least 1", "int_type": "a whole number"}.get(rule["type"])
+        what = what or {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
+        raise ConfigError(f"{key}={value!r} must be {what}. Use e.g. {key}={_example(hint)}.") from None
+
+
+def _example(hint: Any) -> str:
+    return {float: "0.1", bool: "true", str: "name"}.get(hint, "16")
+
+
+def _in_words(error: ValidationError) -> str:
+    """Word the first mistake that pydantic found."""
+    first = error.errors()[0]
+    model, keys, value = _locate([part for part in first["loc"] if isinstance(part, str)])
+    path, value = ".".join(keys), first["input"]
+    if first["type"] == "extra_forbidden":
+        parent = ".".join(keys[:-1])
+        choices = list(model.model_fields)
+        near = did_you_mean(keys[-1], choices)
+        where = f"Keys of {parent}" if parent else "Keys"
+        return f"{path}={value!r}: there is no such key.{near} {where}: {', '.join(choices)}."
+    if first["type"] == "missing":
+        return f"{path} is missing. Compose conf/ with a choice for each group, e.g. {keys[0]}={KINDS[0]}."
+    field = model.model_fields[keys[-1]]
+    if first["type"] == "literal_error" and field.description is None:
+        choices = [str(choice) for choice in get_args(field.annotation)]
+        return f"{path}={value!r} is not one of {', '.join(choices)}.{did_you_mean(str(value), choices)}"
+    rule = field.description or _description_of(field) or first["msg"].removeprefix("Input should be ")
+    examples = field.examples or _examples_of(field)
+    remedy = f" Use e.g. {path}={examples[0]}." if examples else f" Give {path} such a value."
+    return f"{path}={value!r} must be {rule}.{remedy}"
+
+
+def _locate(parts: list[str]) -> tuple[type[BaseModel], list[str], None]:
+    """Walk down the models as far as an error's location names fields: the rest is pydantic's own."""
+    model: type[BaseModel] = Settings
+    keys: list[str] = []
+    for part in parts:
+        keys.append(part)
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if not (inspect.isclass(annotation) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return model, keys, None
+
+
+def _description_of(field: Any) -> str | None:
+    return next((info.description for info in _infos(field) if info.description), None)
+
+
+def _examples_of(field: Any) -> list[Any]:
+    return next((info.examples for info in _infos(field) if info.examples), [])
+
+
+def _infos(field: Any) -> list[Any]:
+    """Find the notes that an annotated member of a union carries."""
+    return [info for member in get_args(field.annotation) for info in getattr(member, "__metadata__", ())]

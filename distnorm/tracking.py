@@ -1,0 +1,105 @@
+"""Where numbers go: the record file in the run folder, always, and wandb."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from distnorm.drift.record import Record
+from distnorm.launch.run_dir import RunFolder
+from distnorm.settings import LoggerSettings
+
+_log = logging.getLogger(__name__)
+_FLUSH_S = 0.5
+
+
+class RecordLogger(Logger):
+    """A Lightning logger that appends every number to the run's `record.jsonl`.
+
+    Args:
+        run: the folder.
+        about: named values for the record's first line.
+    """
+
+    def __init__(self, run: RunFolder, about: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._run, self._about = run, about
+        self._record: Record | None = None
+
+    @property
+    def name(self) -> str:
+        """What Lightning calls this logger."""
+        return "record"
+
+    @property
+    def version(self) -> str:
+        """The run."""
+        return self._run.path.name
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append a row; Lightning's own `epoch` goes with the rest."""
+        if self._record is None:
+            self._record = Record(self._run.record, self._about)
+        self._record.append(step or 0, metrics)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Leave them out: `config.yaml` has them."""
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Close the file; a later row opens it again."""
+        if self._record is not None:
+            self._record.close()
+            self._record = None
+
+
+def make_loggers(
+    settings: LoggerSettings, run: RunFolder, config: Mapping[str, Any], *, is_first: bool
+) -> list[Logger]:
+    """Make the record and, unless disabled, wandb; online without a key falls back to offline with one warning.
+
+    Args:
+        settings: mode and names.
+        run: where files go.
+        config: what wandb keeps as the run's configuration.
+        is_first: whether this is rank 0; only there a warning is given.
+
+    Collective: none; on other ranks the loggers do nothing.
+    """
+    loggers: list[Logger] = [RecordLogger(run, {"run": run.path.name})]
+    if settings.mode == "disabled":
+        return loggers
+    offline = settings.mode == "offline"
+    if not offline and not _has_key():
+        offline = True
+        if is_first:
+            _log.warning("logger.mode=online, and wandb has no API key here: logging offline. Run `wandb login` first.")
+    return [*loggers, WandbLogger(experiment=_start_wandb(settings, run, config, offline) if is_first else None)]
+
+
+def _start_wandb(settings: LoggerSettings, run: RunFolder, config: Mapping[str, Any], offline: bool) -> Any:
+    """Start wandb's run here: Lightning's logger would pass a setting that wandb warns of."""
+    started = wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name or run.path.name,
+        group=settings.group,
+        tags=settings.tags,
+        config=dict(config),
+        dir=run.path,
+        mode="offline" if offline else "online",
+        settings=wandb.Settings(x_transaction_log_flush_interval=_FLUSH_S, silent=True, console="off"),
+    )
+    started.define_metric("trainer/global_step")
+    started.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return started
+
+
+def _has_key() -> bool:
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)

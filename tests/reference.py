@@ -1,0 +1,56 @@
+"""What the layers must equal: float64 formulas straight from the papers, in numpy, and torch's own layer on the joined
+batch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def moments(x: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """Count, mean and summed squared deviation per channel of [N, C, *]."""
+    values = np.moveaxis(x.astype(np.float64), 1, 0).reshape(x.shape[1], -1)
+    mean = values.mean(1)
+    return values.shape[1], mean, ((values - mean[:, None]) ** 2).sum(1)
+
+
+def pooled(means: np.ndarray, variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of an equal mixture: law of total variance. [R, C] each."""
+    return means.mean(0), variances.mean(0) + means.var(0)
+
+
+def jeffreys(mean_p: float, var_p: float, mean_q: float, var_q: float) -> float:
+    """KL(p‖q) + KL(q‖p) of Gaussians, each from its own textbook formula."""
+
+    def kl(m1: float, v1: float, m2: float, v2: float) -> float:
+        return 0.5 * (np.log(v2 / v1) + (v1 + (m1 - m2) ** 2) / v2 - 1)
+
+    return kl(mean_p, var_p, mean_q, var_q) + kl(mean_q, var_q, mean_p, var_p)
+
+
+def batch_norm_on_joined(
+    shards: Sequence[Tensor], grads: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5
+):
+    """Torch's own layer on the concatenated batch: outputs and input gradients a shard, weight gradients, running
+    statistics.
+    """
+    layer = BATCH_NORMS[shards[0].dim()](weight.numel(), eps=eps, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    x = torch.cat(list(shards)).clone().requires_grad_()
+    y = layer(x)
+    y.backward(torch.cat(list(grads)))
+    sizes = [len(shard) for shard in shards]
+    return {
+        "y": y.detach().split(sizes),
+        "dx": x.grad.split(sizes),
+        "dweight": layer.weight.grad,
+        "dbias": layer.bias.grad,
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
+    }

@@ -1,0 +1,50 @@
+"""Train a model with the normalization batch you choose: config → data → model → decide → convert → fit → evaluate →
+report.
+
+python train.py                                     # one device: a GPU if there is one
+python train.py trainer=cpu_ddp norm=sync           # two CPU ranks, synchronized batch norm
+python train.py --help                              # the groups of conf/ and their choices
+"""
+
+from pathlib import Path
+from typing import Any
+
+from distnorm import convert
+from distnorm.launch import main, report
+from distnorm.launch.ranks import Ranks
+from distnorm.launch.run_dir import RunFolder
+from distnorm.settings import Settings, build
+
+
+def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
+    """Run one experiment on this rank, and return its metrics."""
+    from distnorm.callbacks import EvaluationStatistics
+    from distnorm.drift.monitor import DriftMonitor
+    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
+    from distnorm.progress import Throughput, make_progress
+    from distnorm.tracking import make_loggers
+
+    data = build(settings.data)
+    seed_weights(settings.seed)
+    model = build(settings.model)
+    spec = settings.decide(ranks.world_size, ranks.per_node)
+    conversion = convert(model, spec)
+    report.announce(settings, ranks, run, data, conversion)
+
+    throughput = Throughput(settings.device_batch * ranks.world_size)
+    drift = DriftMonitor(settings.drift.interval)
+    callbacks = [EvaluationStatistics(spec), throughput, make_progress(settings.trainer.progress_every_s, throughput)]
+    callbacks += [drift] if settings.drift.kind != "none" else []
+    loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)
+    trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks)
+    task = build(settings.task, model=model, optimizer=build(settings.optimizer))
+
+    seed_rank(settings.seed, ranks.rank)
+    trainer.fit(task, datamodule=data, ckpt_path=settings.ckpt_path)
+    trainer.test(task, datamodule=data, ckpt_path="best", verbose=False)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return report.finish(settings, ranks, run, spec, metrics, throughput.samples_per_s, drift.worst)
+
+
+if __name__ == "__main__":
+    main(train, config=Path(__file__).parent / "conf" / "train.yaml")
