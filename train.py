@@ -13,14 +13,15 @@ from distnorm import convert
 from distnorm.launch import main, report
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
-from distnorm.settings import Settings, build
+from distnorm.settings import Settings
+from distnorm.targets import build
 
 
 def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     """Run one experiment on this rank, and return its metrics."""
     from distnorm.callbacks import EvaluationStatistics
     from distnorm.drift.monitor import DriftMonitor
-    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
+    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights, test
     from distnorm.progress import Throughput, make_progress
     from distnorm.tracking import make_loggers
 
@@ -41,9 +42,8 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
 
     seed_rank(settings.seed, ranks.rank)
     trainer.fit(task, datamodule=data, ckpt_path=settings.ckpt_path)
-    trainer.test(task, datamodule=data, ckpt_path="best", verbose=False)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return report.finish(settings, ranks, run, spec, metrics, throughput.samples_per_s, drift.worst)
+    tested, metrics = test(trainer, task, data, run)
+    return report.finish(settings, ranks, run, spec, tested, metrics, throughput.samples_per_s, drift.worst)
 
 
 if __name__ == "__main__":

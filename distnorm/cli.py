@@ -23,3 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(distnorm.decide(**vars(parser.parse_args(arguments))))
     except distnorm.DistNormError as error:
         console.fail(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -205,17 +205,17 @@ def _derive(case: _Case, *, exact: bool, sync_ranks: int | None, pretrained: boo
 
 def _sync_enough(case: _Case) -> NormSpec:
     """Take the fewest ranks that give the asked number; a whole node rather than two, if it gives the least."""
-    b, node = case.device_batch, case.ranks_per_node
+    b, node, aim = case.device_batch, case.ranks_per_node, max(case.asked, case.least)
     in_node = [g for g in _divisors(case.world_size) if node % g == 0]
-    enough = [g for g in in_node if g * b >= case.asked]
+    enough = [g for g in in_node if g * b >= aim]
     if not enough and in_node[-1] * b < case.least:
-        enough = [g for g in _divisors(case.world_size) if g * b >= case.asked]
+        enough = [g for g in _divisors(case.world_size) if g * b >= aim]
         in_node = _divisors(case.world_size)
     ranks = enough[0] if enough else in_node[-1]
     reached = ranks * b
     why = f"device batch {b} < least normalization batch {case.least}"
-    if reached >= case.asked:
-        how = f"{ranks} × {b} = {reached} ≥ normalization batch {case.asked}"
+    if reached >= aim:
+        how = f"{ranks} × {b} = {reached} ≥ normalization batch {aim}"
     else:
         place = "all ranks" if ranks == case.world_size else "all ranks of a node"
         how = f"{place} together reach {reached}: under the asked {case.asked}, but ≥ {case.least}"

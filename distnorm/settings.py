@@ -6,20 +6,19 @@ instead.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
-import hydra.utils
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.policy import KINDS, NormSpec, decide
+from distnorm.targets import Node, check_target, check_value
 
 DEFAULT_DEVICE_BATCH = 16
-Node = dict[str, Any]
 AtLeastOne = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[16])]
+Flag = Annotated[bool, Field(description="true or false", examples=["true"])]
 Auto = Literal["auto"]
 
 
@@ -33,10 +32,10 @@ class NormSettings(_Strict):
     kind: Literal["auto", "batch", "sync", "ghost", "group", "group_ws"]
     normalization_batch: AtLeastOne
     min_normalization_batch: AtLeastOne
-    exact: bool
+    exact: Flag
     sync_ranks: AtLeastOne | None
     momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(description="a number in (0, 1]", examples=[0.1])
-    pretrained: bool
+    pretrained: Flag
 
 
 class TrainerSettings(_Strict):
@@ -134,23 +133,23 @@ class Settings(_Strict):
         return OmegaConf.to_yaml(OmegaConf.create(self.model_dump()))
 
 
-def check(config: DictConfig | Mapping[str, Any]) -> Settings:
+def check(config: DictConfig) -> Settings:
     """Turn a composed configuration into `Settings`, or say what is wrong with it.
 
     Raises:
         ConfigError: the first thing that is wrong.
     """
-    values: Any = (
-        OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        if isinstance(config, DictConfig)
-        else config
-    )
     try:
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         settings = Settings.model_validate(values)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} is missing, and has no default. Add {error.full_key}=…") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}. Give it a plain value.") from None
     except ValidationError as error:
         raise ConfigError(_in_words(error)) from None
     for name in ("device_batch", "global_batch"):
-        _check_value(f"data.{name}", settings.data.get(name), AtLeastOne | None)
+        check_value(f"data.{name}", settings.data.get(name), AtLeastOne | None)
     data = {key: value for key, value in settings.data.items() if key not in ("device_batch", "global_batch")}
     check_target("data", data, given=("device_batch",))
     check_target("model", settings.model)
@@ -162,96 +161,6 @@ def check(config: DictConfig | Mapping[str, Any]) -> Settings:
 def from_yaml(text: str) -> Settings:
     """Read what `Settings.to_yaml` wrote."""
     return Settings.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
-
-
-def build(node: Node, **given: Any) -> Any:
-    """Build what a node's `_target_` names, with the arguments beside it.
-
-    Raises:
-        ConfigError: (the target's own) an argument it refuses.
-    """
-    try:
-        return hydra.utils.instantiate({k: v for k, v in node.items() if k != "global_batch"}, **given, _convert_="all")
-    except HydraException as error:
-        if isinstance(error.__cause__, ConfigError):
-            raise error.__cause__ from None
-        raise
-
-
-def check_target(path: str, node: Node, given: Sequence[str] = ()) -> None:
-    """Hold a node's keys and plain values against the signature of its `_target_`.
-
-    Args:
-        path: where the node is: `model`.
-        node: its values.
-        given: arguments that the run adds itself.
-
-    Raises:
-        ConfigError: the target is missing or cannot be imported; a key it does not take, or a value of another type.
-    """
-    name = node.get("_target_")
-    if not isinstance(name, str):
-        raise ConfigError(
-            f"{path}._target_={name!r} names nothing to build. Give a class, e.g. {path}._target_=package.Class."
-        )
-    try:
-        target = hydra.utils.get_object(name)
-    except Exception as error:  # noqa: BLE001 — importing runs code we do not know
-        cause = str(error.__cause__ or error).strip().splitlines()[-1][:160]
-        raise ConfigError(
-            f"{path}._target_={name!r} cannot be imported: {cause}.\n"
-            f"Install the package ({name.split('.')[0]}), or correct the name.",
-        ) from None
-    parameters = inspect.signature(target).parameters
-    hints = _type_hints(target)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key, value in node.items():
-        if key in ("_target_", "_partial_", "_args_", "_convert_", "_recursive_"):
-            continue
-        if key not in parameters and not open_ended:
-            near = did_you_mean(key, parameters)
-            raise ConfigError(
-                f"{path}.{key}={value!r} is not an argument of {name}.{near} It takes {', '.join(parameters)}."
-            )
-        if key in hints:
-            _check_value(f"{path}.{key}", value, hints[key])
-    for parameter in parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        )
-        if required and parameter.name not in node and parameter.name not in given:
-            raise ConfigError(f"{path}.{parameter.name} is missing, and {name} needs it. Add {path}.{parameter.name}=…")
-
-
-def _type_hints(target: Any) -> dict[str, Any]:
-    function = target.__init__ if inspect.isclass(target) else target
-    try:
-        hints = get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # hints that only a type checker can read
-        return {}
-    return {key: hint for key, hint in hints.items() if _is_plain(hint)}
-
-
-def _is_plain(hint: Any) -> bool:
-    arguments = get_args(hint)
-    return hint in (int, float, bool, str, type(None)) or (
-        bool(arguments) and all(map(_is_plain, arguments)) and "[" not in str(hint)
-    )
-
-
-def _check_value(key: str, value: Any, hint: Any) -> None:
-    try:
-        TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        rule = error.errors()[0]
-        what = {"greater_than_equal": "a whole number of at least 1", "int_type": "a whole number"}.get(rule["type"])
-        what = what or {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, str(hint))
-        raise ConfigError(f"{key}={value!r} must be {what}. Use e.g. {key}={_example(hint)}.") from None
-
-
-def _example(hint: Any) -> str:
-    return {float: "0.1", bool: "true", str: "name"}.get(hint, "16")
 
 
 def _in_words(error: ValidationError) -> str:

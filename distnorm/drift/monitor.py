@@ -127,7 +127,7 @@ class DriftMonitor(Callback):
             x = args[0]
             dtype = layer.running_mean.dtype
             watched.reference = torch.cat((layer.running_mean, layer.running_var))
-            watched.positions = max(1, x[0:0].numel() // layer.num_features or x.shape[2:].numel())
+            watched.positions = x.shape[2:].numel()
             if _block_size(layer) == 1:
                 watched.own = Moments.of(x).pack().to(dtype)
 
@@ -136,13 +136,11 @@ class DriftMonitor(Callback):
     def _measure(self) -> dict[str, float]:
         """Bring all ranks' moments together, compute on every rank, name the numbers."""
         seen = [watched for watched in self._watched if watched.reference is not None]
-        rows = self._gathered([w for w in seen if _block_size(w.layer) < collectives.world_size()])
+        rows = self._gathered([watched for watched in seen if _free_moments(watched.layer) is None])
         scalars: dict[str, Tensor] = {}
         for watched in seen:
-            if watched.name not in rows:
-                assert isinstance(watched.layer, SyncBatchNorm)
-                assert watched.reference is not None
-                moments_RK = watched.layer.rank_moments if watched.layer.rank_moments is not None else watched.own[None]  # type: ignore[index]
+            moments_RK = _free_moments(watched.layer)
+            if moments_RK is not None and watched.reference is not None:
                 rows[watched.name] = (moments_RK, watched.reference.expand(len(moments_RK), -1))
             scalars |= self._compare(watched, *rows[watched.name])
         if not scalars:
@@ -163,19 +161,16 @@ class DriftMonitor(Callback):
         }
 
     def _compare(self, watched: _Watched, moments_RK: Tensor, reference_R2C: Tensor) -> dict[str, Tensor]:
-        ranks = len(moments_RK)
-        size = min(_block_size(watched.layer), ranks)
+        size = _block_size(watched.layer)
         scalars = {}
-        batch = Moments.unpack(moments_RK.view(ranks // size, size, -1)).merged()
-        samples_B = batch.count / watched.positions
-        if float(samples_B.min()) >= FEWEST_SAMPLES:
+        batch = Moments.unpack(moments_RK.view(len(moments_RK) // size, size, -1)).merged()
+        samples_B = (batch.count / watched.positions).tolist()
+        if min(samples_B) >= FEWEST_SAMPLES:
             mean_BC, var_BC = reference_R2C[::size].chunk(2, 1)
-            floor_B = jeffreys_floor(1.0, None) * 0 + torch.stack(
-                [torch.as_tensor(jeffreys_floor(float(n), watched.layer.momentum)) for n in samples_B]
-            ).to(mean_BC)
+            floor_B = mean_BC.new_tensor([jeffreys_floor(n, watched.layer.momentum) for n in samples_B])
             excess_C = excess_jeffreys(batch, mean_BC, var_BC, floor_B, watched.layer.eps)
             scalars["jeffreys"], scalars["jeffreys_max"] = excess_C.mean(), excess_C.max()
-        over_time = self._over_time(watched, Moments.unpack(moments_RK)) if ranks > 1 else None
+        over_time = self._over_time(watched, Moments.unpack(moments_RK)) if len(moments_RK) > 1 else None
         if over_time is not None:
             scalars["between_ranks"] = between_rank_ratio(over_time).median()
         return {f"drift/{watched.name}/{key}": value for key, value in scalars.items()}
@@ -207,6 +202,13 @@ class DriftMonitor(Callback):
 
 def _block_size(layer: _BatchNorm) -> int:
     return len(layer.members()) if isinstance(layer, SyncBatchNorm) else 1
+
+
+def _free_moments(layer: _BatchNorm) -> Tensor | None:
+    """Give the moments of all ranks where the layer's own forward gathered them."""
+    if isinstance(layer, SyncBatchNorm) and _block_size(layer) == collectives.world_size():
+        return layer.rank_moments
+    return None
 
 
 def _own_moments(watched: _Watched) -> Tensor:

@@ -20,6 +20,7 @@ _EXPECTED = (
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*You called `self.log.*",
     r".*isinstance\(treespec, LeafSpec\).*",
+    r".*could not find the monitored key.*",
     r".*barrier\(\): using the device under current context.*",
     r".*The number of training batches .* is smaller than the logging interval.*",
 )

@@ -1,7 +1,6 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distnorm import checkpoint, settings
-from distnorm.errors import ConfigError, DistNormError, did_you_mean
-from distnorm.launch import console, ranks
+from distnorm import checkpoint, settings, targets
+from distnorm.errors import ConfigError, DistNormError
+from distnorm.launch import console, overrides, ranks, trainer
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
 from distnorm.settings import Settings
 
@@ -41,25 +40,32 @@ def main(train: Train, config: Path) -> None:
 
 
 def _compose_and_start(train: Train, config: Path) -> None:
+    """Let Hydra compose. A single run starts after it has returned, each job of a sweep (`-m`) inside it."""
+    single: list[DictConfig] = []
     failures: list[DistNormError] = []
 
     def job(composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        sweeping = hydra_config.mode == RunMode.MULTIRUN
+        if hydra_config.mode != RunMode.MULTIRUN:
+            single.append(composed)
+            return
+        name = " ".join(hydra_config.overrides.task)
+        print(f"--- {name}", flush=True)
         try:
-            _start(train, settings.check(composed), sweeping=sweeping)
-        except DistNormError as error:  # kept until Hydra has returned: it would print a line of its own
+            _start(train, settings.check(composed), sweeping=True)
+        except DistNormError as error:  # the other jobs go on
+            print(f"{name}: {error}", file=sys.stderr, flush=True)
             failures.append(error)
-            if sweeping:
-                print(f"{' '.join(hydra_config.overrides.task)}: {error}", file=sys.stderr, flush=True)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through, to be worded here
     try:
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_in_words(error, config.parent)) from None
+        raise ConfigError(overrides.in_words(error, config.parent)) from None
+    for composed in single:
+        _start(train, settings.check(composed), sweeping=False)
     if failures:
-        raise failures[0]
+        raise type(failures[0])(f"{len(failures)} of the jobs failed; the reasons stand above.")
 
 
 def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
@@ -67,7 +73,8 @@ def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
     found = ranks.find(checked.trainer)
     complete = checked.with_batches(found.world_size)
     complete.decide(found.world_size, found.per_node)
-    data = settings.build(complete.data)
+    trainer.check_passthrough(complete.trainer.lightning)
+    data = targets.build(complete.data)
     if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
         data.describe(found.world_size)
     if complete.ckpt_path is not None:
@@ -94,54 +101,3 @@ def _be_rank(train: Train, run: RunFolder) -> None:
         local.note_failure(run, found.rank, error)
         sys.stdout.flush()
         os._exit(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
-
-
-def _in_words(error: Exception, conf: Path) -> str:
-    """Word what Hydra could not compose: its own messages run to 13 lines."""
-    text = str(error)
-    missing = re.search(r"(?:Could not find|find) '([\w./-]+)/([\w.-]+)'", text)
-    if missing:
-        group, choice = missing.groups()
-        choices = sorted(file.stem for file in (conf / group).glob("[!_]*.yaml"))
-        return f"{group}={choice!r} is not one of {', '.join(choices)}.{did_you_mean(choice, choices)}"
-    unknown = re.search(r"Could not override '([\w.]+)'", text)
-    if unknown:
-        return _unknown_key(unknown.group(1), conf)
-    group_like = re.search(r"No match in the defaults list.*?'([\w./@]+)'|Could not override '([\w/]+)'", text)
-    if group_like:
-        name = next(filter(None, group_like.groups()))
-        groups = sorted(folder.name for folder in conf.iterdir() if folder.is_dir())
-        return f"{name!r} is no group of conf/.{did_you_mean(name, groups)} There are: {', '.join(groups)}."
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return "\n".join(line[:200] for line in lines[:3])
-
-
-def _unknown_key(path: str, conf: Path) -> str:
-    """Suggest the key that was meant, from the keys of conf/ as they are."""
-    keys = _known_keys(conf)
-    parent, _, key = path.rpartition(".")
-    siblings = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == parent]
-    near = did_you_mean(key, siblings)
-    if near:
-        where = f" Did you mean '{parent + '.' if parent else ''}{near.split(chr(39))[1]}'?"
-    else:
-        where = did_you_mean(path, keys)
-    listing = (
-        f"Keys of {parent}: {', '.join(siblings)}."
-        if siblings
-        else f"Groups and keys: {', '.join(_known_keys(conf, depth=1))}."
-    )
-    return f"{path}: there is no such key.{where}\n{listing}"
-
-
-def _known_keys(conf: Path, depth: int = 2) -> list[str]:
-    model: dict[str, Any] = {**Settings.model_fields}
-    keys = list(model)
-    if depth > 1:
-        for group in ("norm", "trainer", "drift", "logger"):
-            keys += [f"{group}.{key}" for key in model[group].annotation.model_fields]
-        for group in ("data", "model", "task", "optimizer"):
-            for file in sorted((conf / group).glob("*.yaml")):
-                lines = file.read_text().splitlines()
-                keys += [f"{group}.{line.split(':')[0]}" for line in lines if re.match(r"[a-z]\w*:", line)]
-    return list(dict.fromkeys(keys))

@@ -2,6 +2,7 @@
 folder.
 """
 
+from pathlib import Path
 from typing import Any
 
 from distnorm.convert import Conversion
@@ -45,6 +46,7 @@ def finish(
     ranks: Ranks,
     run: RunFolder,
     spec: NormSpec,
+    tested: Path,
     metrics: dict[str, float],
     samples_per_s: float | None,
     worst: WorstDrift | None,
@@ -56,7 +58,8 @@ def finish(
         ranks: who took part.
         run: the folder.
         spec: the decision.
-        metrics: of the test set, with the best checkpoint.
+        tested: the checkpoint that the metrics are of.
+        metrics: of the test set.
         samples_per_s: training samples a second over all ranks.
         worst: the layer with the worst drift at the end.
 
@@ -67,7 +70,7 @@ def finish(
     """
     result = {
         "metrics": metrics,
-        "checkpoint": str(run.checkpoints / "best.ckpt"),
+        "checkpoint": str(tested),
         "resumed_from": settings.ckpt_path,
         "samples_per_s": samples_per_s,
         "worst_drift": {"layer": worst.layer, "excess_jeffreys_nats": worst.value} if worst else None,
@@ -81,7 +84,7 @@ def finish(
         return result
     write_json(run.result, result)
     console.table(
-        "Result on the test set, best checkpoint",
+        f"Result on the test set, {tested.stem} checkpoint",
         [
             ("accuracy", f"{metrics['test/accuracy']:.4f}"),
             ("loss", f"{metrics['test/loss']:.4f}"),

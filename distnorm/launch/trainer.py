@@ -3,6 +3,8 @@
 import datetime as dt
 import inspect
 import random
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -36,8 +38,6 @@ def make_trainer(
         loggers: where numbers go.
         callbacks: besides the checkpoints.
 
-    Raises:
-        ConfigError: a key of `trainer.lightning` that Lightning does not take, or that is a setting of ours.
     """
     set_threads(settings, ranks)
     ours: dict[str, Any] = {
@@ -62,8 +62,54 @@ def make_trainer(
     }
     if ranks.world_size > 1:
         ours["strategy"] = _ddp(settings.timeout_s)
-    _check_extra(settings.lightning, ours)
     return pl.Trainer(**ours, **settings.lightning)
+
+
+def test(
+    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, run: RunFolder
+) -> tuple[Path, dict[str, float]]:
+    """Test the best checkpoint; the last weights, saved for it, where training ended before its first validation.
+
+    Returns:
+        The checkpoint that was tested, and its metrics over all ranks.
+    """
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    tested = Path(best) if best else run.checkpoints / "last.ckpt"
+    if not best:
+        trainer.save_checkpoint(tested)
+    trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
+    return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def check_passthrough(extra: Mapping[str, Any]) -> None:
+    """Hold `trainer.lightning` against what Lightning's trainer takes and we do not set.
+
+    Raises:
+        ConfigError: a key that it does not take, or that has a setting here.
+    """
+    known = inspect.signature(pl.Trainer.__init__).parameters
+    for key, value in extra.items():
+        if key in TrainerSettings.model_fields:
+            raise ConfigError(f"trainer.lightning.{key}={value!r} has a setting of its own. Use trainer.{key}={value}.")
+        if key in _OURS:
+            raise ConfigError(f"trainer.lightning.{key}={value!r} is what distnorm sets itself. Leave it out.")
+        if key not in known:
+            near = did_you_mean(key, known)
+            raise ConfigError(f"trainer.lightning.{key}={value!r} is no argument of lightning.Trainer.{near}")
+
+
+_OURS = (
+    "default_root_dir",
+    "logger",
+    "callbacks",
+    "use_distributed_sampler",
+    "enable_model_summary",
+    "enable_progress_bar",
+    "num_sanity_val_steps",
+    "plugins",
+    "strategy",
+    "sync_batchnorm",
+)
 
 
 def seed_weights(seed: int) -> None:
@@ -111,19 +157,7 @@ def _checkpoints(run: RunFolder) -> ModelCheckpoint:
     return ModelCheckpoint(
         dirpath=run.checkpoints,
         filename="best",
-        monitor="val/accuracy",
-        mode="max",
+        monitor="val/loss",
         save_last=True,
         enable_version_counter=False,
     )
-
-
-def _check_extra(extra: dict[str, Any], ours: dict[str, Any]) -> None:
-    known = inspect.signature(pl.Trainer.__init__).parameters
-    for key, value in extra.items():
-        if key in ours:
-            raise ConfigError(f"trainer.lightning.{key}={value!r}: distnorm sets it itself. Use trainer.{key}={value}.")
-        if key not in known:
-            raise ConfigError(
-                f"trainer.lightning.{key}={value!r} is no argument of lightning.Trainer.{did_you_mean(key, known)}"
-            )

@@ -1,0 +1,64 @@
+"""Mistakes on the command line, worded: Hydra's own messages run to 13 lines, and advise what hides a typo."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from distnorm.errors import did_you_mean
+from distnorm.settings import Settings
+
+_PLAIN_GROUPS = ("norm", "trainer", "drift", "logger")
+_TARGET_GROUPS = ("data", "model", "task", "optimizer")
+
+
+def in_words(error: Exception, conf: Path) -> str:
+    """Say what Hydra could not compose, and what was probably meant.
+
+    Args:
+        error: Hydra's or OmegaConf's.
+        conf: the folder of groups; what is valid is read from it.
+
+    Returns:
+        At most three lines.
+    """
+    text = str(error)
+    if found := re.search(r"Could not find '([\w./-]+)/([\w.-]*)'", text):
+        group, choice = found.groups()
+        choices = sorted(file.stem for file in (conf / group).glob("[!_]*.yaml"))
+        return f"{group}={choice!r} is not one of {', '.join(choices)}.{did_you_mean(choice, choices)}"
+    if found := re.search(r"Could not override '([\w.]+)'", text):
+        return _unknown_key(found.group(1), conf)
+    if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
+        return f"{found.group(1)} gives several values for one run. Add -m to run one after the other, or give one."
+    if found := re.search(r"Error parsing override '(.*?)'", text):
+        return f"{found.group(1)!r} cannot be read as key=value. Write e.g. norm=sync; quote what a shell would split."
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(line[:200] for line in lines[:3])
+
+
+def _unknown_key(path: str, conf: Path) -> str:
+    """Suggest the key that was meant, from the keys of conf/ as they are."""
+    parent, _, key = path.rpartition(".")
+    if parent == "trainer.lightning":
+        return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
+    keys = _known_keys(conf)
+    siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
+    near = did_you_mean(key, siblings)
+    if near and parent:
+        near = near.replace("'", f"'{parent}.", 1)
+    near = near or did_you_mean(path, keys)
+    of = f"Keys of {parent}" if parent and siblings else "Groups and keys"
+    choices = siblings or [known for known in keys if "." not in known]
+    return f"{path}: there is no such key.{near}\n{of}: {', '.join(choices)}."
+
+
+def _known_keys(conf: Path) -> list[str]:
+    fields: dict[str, Any] = {**Settings.model_fields}
+    keys = list(fields)
+    for group in _PLAIN_GROUPS:
+        keys += [f"{group}.{key}" for key in fields[group].annotation.model_fields]
+    for group in _TARGET_GROUPS:
+        for file in sorted((conf / group).glob("*.yaml")):
+            names = (line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"[a-z]\w*:", line))
+            keys += [f"{group}.{name}" for name in names]
+    return list(dict.fromkeys(keys))

@@ -1,0 +1,215 @@
+"""Conversion in place, its table, its refusals, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from distnorm import ConfigError, GhostBatchNorm, NormSpec, SyncBatchNorm, convert, decide
+from distnorm.models import ResNet
+from distnorm.norms.weight import StandardizedConv2d, standardized
+
+pytestmark = pytest.mark.unit
+
+SYNC = decide(8, 4)
+SPECS = [decide(8, 4), decide(64, 1, exact=True), decide(2, 2), decide(2, 2, pretrained=True), decide(32, 1)]
+
+
+class Nasty(nn.Module):
+    """Shared norms, a norm in a list and a dict, a frozen one, hooks, an unaffine one."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.BatchNorm2d(8)
+        self.again = self.shared
+        self.in_list = nn.ModuleList([nn.Conv2d(3, 8, 3), self.shared, nn.BatchNorm2d(8, affine=False)])
+        self.in_dict = nn.ModuleDict({"norm": nn.BatchNorm2d(8, momentum=None).eval()})
+        self.in_dict["norm"].weight.requires_grad_(False)
+        self.held = [self.in_dict["norm"]]
+        self.calls = []
+        self.shared.register_forward_hook(lambda *_: self.calls.append("hook"))
+        self.statless = nn.BatchNorm1d(4, track_running_stats=False).to(torch.float64)
+
+    def forward(self, x):
+        for layer in self.in_list:
+            x = layer(x)
+        return self.again(self.held[0](x)).mean((2, 3))
+
+
+def picture(model):
+    """All that must survive: classes, attributes, objects, keys, hooks, modes."""
+    return {
+        name: (
+            type(module),
+            {k: v for k, v in module.__dict__.items() if k[0] != "_"},
+            {k: id(p) for k, p in module._parameters.items()},
+            {k: id(b) for k, b in module._buffers.items()},
+            list(module._buffers),
+            list(module._forward_hooks),
+        )
+        for name, module in model.named_modules(remove_duplicate=False)
+    }
+
+
+MODELS = {
+    "nasty": Nasty,
+    "resnet": lambda: ResNet(widths=(8, 16, 30)),
+    "root": lambda: nn.BatchNorm1d(6),
+    "nested": lambda: nn.Sequential(
+        nn.Sequential(nn.Conv1d(2, 7, 1), nn.BatchNorm1d(7)), nn.Sequential(nn.BatchNorm1d(7))
+    ),
+    "torchs synchronized": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.SyncBatchNorm(8)),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_convert_then_revert_is_the_identity(make, spec):
+    model = make()
+    before, keys = picture(model), list(model.state_dict())
+    conversion = convert(model, spec)
+    assert conversion.model is model
+    conversion.revert()
+    after = picture(model)
+    assert after == before
+    assert list(model.state_dict()) == keys
+    conversion.revert()
+    assert picture(model) == before
+
+
+def test_layers_become_what_the_spec_says_and_stay_the_same_objects():
+    model = Nasty()
+    norms = [model.shared, model.in_list[2], model.in_dict["norm"], model.statless]
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    convert(model, SYNC)
+    assert [type(norm) for norm in norms] == [SyncBatchNorm] * 4
+    assert model.again is model.shared is model.in_list[1]
+    assert model.held[0] is model.in_dict["norm"]
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert optimizer.param_groups[0]["params"][0] is parameters[0]
+    assert not model.in_dict["norm"].training
+    assert not model.in_dict["norm"].weight.requires_grad
+    assert model.in_dict["norm"].momentum is None
+    assert model.statless.running_mean is None
+    model(torch.randn(2, 3, 6, 6))
+    assert model.calls == ["hook", "hook"]
+
+
+def test_running_statistics_learned_meanwhile_survive_revert():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    conversion = convert(model, SYNC)
+    model(torch.randn(8, 3) + 5)
+    learned = model[0].running_mean.clone()
+    conversion.revert()
+    assert type(model[0]) is nn.BatchNorm1d
+    assert torch.equal(model[0].running_mean, learned)
+    assert not torch.equal(learned, torch.zeros(3))
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[4]], ids=lambda spec: spec.kind)
+def test_state_dict_loads_before_and_after(spec):
+    plain = ResNet()
+    plain(torch.randn(4, 1, 12, 12))
+    converted = ResNet()
+    conversion = convert(converted, spec)
+    converted.load_state_dict(plain.state_dict())
+    ResNet().load_state_dict(converted.state_dict())
+    assert conversion.lost_keys == ()
+    x = torch.randn(4, 1, 12, 12)
+    torch.testing.assert_close(converted.eval()(x), plain.eval()(x))
+
+
+def test_group_norm_keeps_weight_and_bias_and_names_the_lost_keys():
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12))
+    weight = model[1].weight
+    conversion = convert(model, decide(2, 2, pretrained=True))
+    norm = model[1]
+    assert type(norm) is nn.GroupNorm
+    assert norm.weight is weight
+    assert (norm.num_groups, norm.num_channels) == (6, 12)
+    assert conversion.lost_keys == ("1.num_batches_tracked", "1.running_mean", "1.running_var")
+    x = torch.randn(2, 12, 3, 3)
+    torch.testing.assert_close(norm(x), nn.functional.group_norm(x, 6, norm.weight, norm.bias))
+
+
+def test_standardized_weights_go_only_before_norms():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU())
+    convert(model, decide(2, 2))
+    assert type(model[0]) is StandardizedConv2d
+    assert type(model[3]) is nn.Conv2d
+    w = model[0].weight.detach().double().flatten(1).numpy()
+    expected = (w - w.mean(1, keepdims=True)) / (w.var(1, keepdims=True) + 1e-5) ** 0.5
+    torch.testing.assert_close(standardized(model[0].weight.detach().double()).flatten(1), torch.from_numpy(expected))
+    x = torch.randn(2, 3, 5, 5)
+    as_written = nn.functional.conv2d(x, torch.from_numpy(expected).float().view_as(model[0].weight))
+    torch.testing.assert_close(model[0](x), as_written, rtol=1e-4, atol=1e-5)
+
+
+def test_exact_ghosts_replace_a_larger_batch():
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    convert(model, decide(64, 1, exact=True))
+    assert type(model[0]) is GhostBatchNorm
+    assert model[0].ghost_batch == 32
+
+
+def test_momentum_of_the_spec_reaches_the_layers():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=0.3))
+    conversion = convert(model, decide(8, 4, momentum=0.02))
+    assert [norm.momentum for norm in model] == [0.02, 0.02]
+    conversion.revert()
+    assert [norm.momentum for norm in model] == [0.1, 0.3]
+
+
+def test_the_table_shows_each_layer_once_in_order():
+    conversion = convert(ResNet(), SYNC)
+    lines = str(conversion).splitlines()
+    assert lines[0].split("  ")[0] == "layer"
+    assert "normalization batch" in lines[0]
+    assert len(lines) == 2 + 9
+    assert lines[2].split()[:5] == ["bn", "16", "BatchNorm2d", "SyncBatchNorm", "32"]
+    assert lines[2].endswith("sync over 4 ranks, normalization batch 32")
+
+
+def test_converting_again_follows_the_newer_spec():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    convert(model, SYNC)
+    convert(model, decide(4, 4, kind="sync", sync_ranks=2))
+    assert model[0].sync_ranks == 2
+    convert(model, decide(32, 1))
+    x = torch.randn(4, 4, 2, 2)
+    torch.testing.assert_close(model[0](x), nn.BatchNorm2d(4)(x))
+
+
+class OwnForward(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("model", "value", "remedy"),
+    [
+        (nn.DataParallel(nn.BatchNorm1d(2)), "DataParallel", "pass model.module"),
+        (torch.jit.script(nn.Sequential(nn.ReLU())), "scripted", "Convert first"),
+        (nn.Sequential(nn.LazyBatchNorm2d()), "'0' is a LazyBatchNorm2d", "Run one batch"),
+        (nn.Sequential(nn.BatchNorm2d(2), OwnForward(2)), "'1' is a OwnForward", "Replace it"),
+        (nn.Sequential(nn.Linear(2, 2)), "no batch norm in Sequential", "norm_layer"),
+    ],
+    ids=["wrapped", "scripted", "lazy", "own forward", "no norm"],
+)
+def test_refusals_change_nothing(model, value, remedy):
+    types = [type(m) for m in model.modules()]
+    with pytest.raises(ConfigError) as caught:
+        convert(model, SYNC)
+    assert value in str(caught.value)
+    assert remedy in str(caught.value)
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_a_converted_model_can_be_copied():
+    model = ResNet()
+    convert(model, NormSpec("sync", 8, sync_ranks=1))
+    clone = copy.deepcopy(model)
+    x = torch.randn(4, 1, 12, 12)
+    torch.testing.assert_close(clone(x), model(x))

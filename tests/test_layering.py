@@ -1,0 +1,155 @@
+"""The house: imports go down only, `import distnorm` is light, the package is typed."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distnorm
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(distnorm.__file__).parent
+LADDER = [
+    ["errors"],
+    ["collectives"],
+    ["moments", "policy"],
+    ["norms"],
+    ["convert"],
+    ["population", "models", "drift.metric", "drift.record"],
+    ["checkpoint"],
+    ["data", "tasks", "drift.monitor", "callbacks", "progress", "targets"],
+    ["settings"],
+    ["launch.ranks"],
+    ["launch.run_dir", "launch.console"],
+    ["tracking", "launch.trainer", "launch.local", "launch.report"],
+    ["launch.entry"],
+    ["cli"],
+]
+HEAVY = {
+    "lightning",
+    "torchmetrics",
+    "hydra",
+    "omegaconf",
+    "wandb",
+    "sklearn",
+    "matplotlib",
+    "pydantic",
+    "rich",
+    "numpy",
+}
+LIGHT_ROOMS = {room for floor in LADDER[:7] for room in floor}
+
+
+def room_of(module):
+    """The ladder's name for `distnorm.a.b`: its longest listed prefix."""
+    parts = module.removeprefix("distnorm").strip(".").split(".")
+    names = {name for floor in LADDER for name in floor}
+    return next((".".join(parts[:n]) for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in names), None)
+
+
+def imports():
+    """Each (file, its room, a module it imports, whether at import time) of the package."""
+    for file in sorted(ROOT.rglob("*.py")):
+        module = "distnorm." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        module = module.removesuffix(".__init__")
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                yield from ((file, module, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{file}: a relative import"
+                submodules = [f"{node.module}.{alias.name}" for alias in node.names]
+                is_module = [(ROOT.parent / Path(*name.split("."))).with_suffix(".py").exists() for name in submodules]
+                yield from (
+                    (file, module, name if found else node.module)
+                    for name, found in zip(submodules, is_module, strict=True)
+                )
+
+
+def test_every_file_stands_on_the_ladder():
+    for file in ROOT.rglob("*.py"):
+        module = "distnorm." + ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if file.name != "__init__.py":
+            assert room_of(module), f"{module} is not in the table"
+        assert file.stem not in {"utils", "helpers", "common", "misc"}
+        assert len(file.read_text().splitlines()) <= 300, f"{file} is too long"
+
+
+def test_imports_go_down():
+    floor = {name: height for height, names in enumerate(LADDER) for name in names}
+    seen = 0
+    for file, module, imported in imports():
+        if not imported.startswith("distnorm") or file.name == "__init__.py" or imported == "distnorm":
+            continue
+        here, there = room_of(module), room_of(imported)
+        seen += 1
+        assert here == there or floor[there] < floor[here], f"{file}: {here} imports {there}, that is not below it"
+    assert seen > 50
+
+
+def test_no_cycle_inside_a_room_either():
+    graph = {}
+    for _, module, imported in imports():
+        if imported.startswith("distnorm."):
+            graph.setdefault(module, set()).add(imported)
+
+    def visit(module, path):
+        assert module not in path, f"cycle: {' → '.join([*path, module])}"
+        for following in graph.get(module, ()):
+            if following != module:
+                visit(following, [*path, module])
+
+    for module in graph:
+        visit(module, [])
+
+
+def test_light_rooms_import_torch_and_nothing_heavier():
+    for file, module, imported in imports():
+        top = imported.split(".")[0]
+        if room_of(module) in LIGHT_ROOMS:
+            assert top not in HEAVY, f"{file} imports {imported}"
+        if room_of(module) == "policy":
+            assert top in {"dataclasses", "typing", "distnorm"}
+
+
+def test_only_collectives_and_the_launcher_know_torch_distributed():
+    for file, module, imported in imports():
+        if imported.startswith("torch.distributed"):
+            assert module in {"distnorm.collectives", "distnorm.launch.local"}, f"{file} imports {imported}"
+
+
+def test_only_settings_and_launch_know_hydra():
+    for file, module, imported in imports():
+        if imported.split(".")[0] in {"hydra", "omegaconf"}:
+            assert module in {"distnorm.settings", "distnorm.targets"} or module.startswith("distnorm.launch"), (
+                f"{file} imports {imported}"
+            )
+
+
+def test_importing_distnorm_loads_nothing_heavy():
+    code = "import sys, torch; before = set(sys.modules); import distnorm; print(*(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "distnorm.norms.sync" in loaded
+    assert not {name.split(".")[0] for name in loaded} & HEAVY
+
+
+def test_public_names_are_few_and_documented():
+    public = [name for name in vars(distnorm) if name[0] != "_" and not isinstance(getattr(distnorm, name), type(sys))]
+    assert len(public) <= 20
+    assert all(getattr(distnorm, name).__doc__ for name in public)
+
+
+def test_the_package_is_typed_and_answers_its_version():
+    assert (ROOT / "py.typed").exists()
+    answer = subprocess.run(
+        [sys.executable, "-m", "distnorm.cli", "--version"], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == f"distnorm {distnorm.__version__}"
+
+
+def test_train_py_is_a_table_of_contents():
+    lines = (ROOT.parent / "train.py").read_text().splitlines()
+    assert len(lines) <= 80
+    assert not [line for line in lines if line.strip().startswith("if ") and "norm" in line]
