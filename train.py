@@ -21,7 +21,8 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     """Run one experiment on this rank, and return its metrics."""
     from distnorm.callbacks import EvaluationStatistics
     from distnorm.drift.monitor import DriftMonitor
-    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights, test
+    from distnorm.launch.checkpoints import test
+    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
     from distnorm.progress import Throughput, make_progress
     from distnorm.tracking import make_loggers
 

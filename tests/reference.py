@@ -32,6 +32,22 @@ def jeffreys(mean_p: float, var_p: float, mean_q: float, var_q: float) -> float:
     return kl(mean_p, var_p, mean_q, var_q) + kl(mean_q, var_q, mean_p, var_p)
 
 
+def excess_jeffreys(
+    shards: Sequence[np.ndarray], running_mean: np.ndarray, running_var: np.ndarray, momentum: float, eps: float = 1e-5
+) -> np.ndarray:
+    """Divergence of the joined [N, C, *] batch from its running statistics, less what chance alone gives. [C]."""
+    joined = np.concatenate(shards)
+    count, mean, m2 = moments(joined)
+    floor = 2 / (len(joined) - 3) * (1 + momentum / (2 - momentum))
+    return jeffreys(mean, m2 / count + eps, running_mean, running_var + eps) - floor
+
+
+def between_rank_f(means_TKC: np.ndarray) -> np.ndarray:
+    """One-way analysis of variance of K ranks' means at T times: between ranks over within. [C]."""
+    within = means_TKC.var(0, ddof=1).mean(0) / len(means_TKC)
+    return means_TKC.mean(0).var(0, ddof=1) / within
+
+
 def batch_norm_on_joined(
     shards: Sequence[Tensor], grads: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float = 1e-5
 ):

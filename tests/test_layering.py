@@ -24,7 +24,8 @@ LADDER = [
     ["settings"],
     ["launch.ranks"],
     ["launch.run_dir", "launch.console"],
-    ["tracking", "launch.trainer", "launch.local", "launch.report"],
+    ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides"],
+    ["launch.trainer"],
     ["launch.entry"],
     ["cli"],
 ]

@@ -87,10 +87,25 @@ def become_rank(run: RunFolder, rank: int) -> None:
 
 def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
     """Leave word of the exception that ends this rank, with the time, for the launcher to find the first."""
-    message = str(error) if isinstance(error, DistNormError) else "".join(traceback.format_exception(error)).rstrip()
-    secondary = isinstance(error, GroupError) or any(word in str(error) for word in _LOST_PEER)
-    kind = type(error).__name__
-    write_json(run.error_of(rank), {"time": time.time(), "kind": kind, "message": message, "lost_peer": secondary})
+    whole = "".join(traceback.format_exception(error))
+    note = {
+        "time": time.time(),
+        "kind": type(error).__name__,
+        "message": str(error) if isinstance(error, DistNormError) else _short_traceback(error),
+        "lost_peer": isinstance(error, GroupError) or any(word in str(error) for word in _LOST_PEER),
+        "traceback": whole.splitlines(),
+    }
+    write_json(run.error_of(rank), note)
+
+
+def _short_traceback(error: BaseException) -> str:
+    """Keep the frames of code that a user can change, and the last: Lightning and torch add forty between them."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames[:-1] if not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)]
+    left_out = len(frames) - len(own) - 1
+    lines = ["Traceback (most recent call last):\n", *traceback.format_list([*own, frames[-1]])]
+    lines += [f"  ({left_out} frames of installed packages left out)\n"] if left_out else []
+    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
 
 
 _LOST_PEER = ("closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Gloo", "gloo")
@@ -103,24 +118,30 @@ def _shutdown_timeout() -> dict[str, Any]:
 
 
 def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
-    """Say which rank failed first, and why. One that lost its peer is not the first; one killed by a signal is."""
+    """Say which rank failed first, and why; that comes last, where one looks."""
     notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
-    killed = [rank for rank, failure in error.failures.items() if _was_killed(failure) and rank not in notes]
+    first = _first(error, notes)
+    lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
+    if first:
+        lines.append(f"rank {first} wrote {run.log_of(first)}")
+    if first in notes:
+        lines += [f"rank {first} failed first, with {notes[first]['kind']}:", notes[first]["message"]]
+    else:
+        failure = error.failures[first]
+        how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        lines.append(f"rank {first} failed first: it ended by {how} (process {failure.pid}).")
+    return "\n".join(lines)
+
+
+def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
+    """Find the first failure. A rank that lost its peer is not the first; one killed by a signal is."""
     own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
     if own_fault:
-        first = min(own_fault, key=lambda rank: notes[rank]["time"])
-    elif killed:
-        first = killed[0]
-    else:
-        first = min(notes, key=lambda rank: notes[rank]["time"], default=min(error.failures))
-    others = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
-    log = f" Its output: {run.log_of(first)}" if first else ""
-    if first in notes:
-        note = notes[first]
-        return "\n".join([*others, f"rank {first} failed first, with {note['kind']}:", note["message"] + log])
-    failure = error.failures[first]
-    how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-    return "\n".join([*others, f"rank {first} failed first: it ended by {how} (process {failure.pid}).{log}"])
+        return min(own_fault, key=lambda rank: notes[rank]["time"])
+    killed = [rank for rank, failure in error.failures.items() if _was_killed(failure) and rank not in notes]
+    if killed:
+        return killed[0]
+    return min(notes, key=lambda rank: notes[rank]["time"]) if notes else min(error.failures)
 
 
 def _was_killed(failure: ProcessFailure) -> bool:

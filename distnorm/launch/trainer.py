@@ -4,7 +4,6 @@ import datetime as dt
 import inspect
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,11 +15,12 @@ from lightning.fabric.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from distnorm.errors import ConfigError, did_you_mean
+from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import TrainerSettings
@@ -53,32 +53,16 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, _checkpoints(run)],
+        "callbacks": [*callbacks, *checkpoint_callbacks(run)],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
         "num_sanity_val_steps": 1,
-        "plugins": [_environment(ranks)],
+        "plugins": [_environment(ranks), AtomicCheckpointIO()],
     }
     if ranks.world_size > 1:
-        ours["strategy"] = _ddp(settings.timeout_s)
+        ours["strategy"] = make_ddp(settings.timeout_s)
     return pl.Trainer(**ours, **settings.lightning)
-
-
-def test(
-    trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, run: RunFolder
-) -> tuple[Path, dict[str, float]]:
-    """Test the best checkpoint; the last weights, saved for it, where training ended before its first validation.
-
-    Returns:
-        The checkpoint that was tested, and its metrics over all ranks.
-    """
-    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    tested = Path(best) if best else run.checkpoints / "last.ckpt"
-    if not best:
-        trainer.save_checkpoint(tested)
-    trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
-    return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def check_passthrough(extra: Mapping[str, Any]) -> None:
@@ -137,7 +121,7 @@ def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
         torch.set_num_threads(1)
 
 
-def _ddp(timeout_s: float) -> DDPStrategy:
+def make_ddp(timeout_s: float) -> DDPStrategy:
     """Turn DDP's broadcast of buffers off, under the name this torch has for it: it would make rank 0's statistics all
     ranks'.
     """
@@ -151,13 +135,3 @@ def _environment(ranks: Ranks) -> ClusterEnvironment:
     if ranks.started_by == "slurm":
         return SLURMEnvironment(auto_requeue=False)
     return TorchElasticEnvironment() if ranks.started_by == "torchrun" else LightningEnvironment()
-
-
-def _checkpoints(run: RunFolder) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=run.checkpoints,
-        filename="best",
-        monitor="val/loss",
-        save_last=True,
-        enable_version_counter=False,
-    )

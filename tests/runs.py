@@ -1,0 +1,119 @@
+"""Runs for tests: `train.py` in processes of its own, or its `train` in the warm rank pool."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from distnorm import settings
+from distnorm.launch import ranks as launch_ranks
+from distnorm.launch.run_dir import RunFolder
+from tests import ranks
+
+ROOT = Path(__file__).parent.parent
+QUICK = ("logger.mode=disabled", "trainer.max_steps=3", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu")
+
+
+def composed(*overrides):
+    """The settings that a command line composes, checked."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return settings.check(compose("train", list(overrides)))
+
+
+def in_pool(folder, world, *overrides):
+    """Run `train` on `world` warm ranks; returns rank 0's result and console."""
+    complete = composed(*QUICK, f"trainer.devices={world}", *overrides).with_batches(world)
+    run = RunFolder(folder)
+    run.checkpoints.mkdir(parents=True)
+    return ranks.run(_train, complete, run, world=world)[0]
+
+
+def _train(complete, run):
+    import contextlib
+    import io
+
+    import train
+
+    console = io.StringIO()
+    with contextlib.redirect_stdout(console):
+        result = train.train(complete, launch_ranks.find(complete.trainer), run)
+    return result, console.getvalue()
+
+
+def train_py(*overrides, folder, check=True, timeout_s=200):
+    """Run train.py as a user would; returns the finished process and the run folder, if there is one."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={folder}"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=ROOT,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    found = sorted(Path(folder).iterdir()) if Path(folder).exists() else []
+    return done, (RunFolder(found[-1]) if found else None)
+
+
+def start(*overrides, folder):
+    """Start train.py with a mark in its environment, that all it starts inherits: so what it leaves behind is found."""
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={folder}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "DISTNORM_TEST_MARK": mark},
+    )
+    process.mark = mark
+    return process
+
+
+def descendants(process):
+    """Living processes that carry a started run's mark, with their environment; zombies are dead."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                environment = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+            if state not in "ZX" and f"DISTNORM_TEST_MARK={process.mark}" in environment:
+                found[int(entry.name)] = environment
+    return found
+
+
+def rank_process(process, rank):
+    """The process of one rank: the first of those that carry its number, for what it starts inherits it."""
+    return min(pid for pid, environment in descendants(process).items() if f"RANK={rank}" in environment)
+
+
+def rows(run):
+    """What the record holds."""
+    lines = [json.loads(line) for line in run.record.read_text().splitlines()[1:]]
+    return [line for line in lines if "step" in line]
+
+
+def wait_for(condition, timeout_s=90):
+    """Poll until `condition()` holds; its value."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"{condition} did not come true within {timeout_s} s")
+
+
+def kill(pid):
+    """SIGKILL."""
+    os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,144 @@
+"""Real processes: wrong input, ranks that raise or are killed, a killed run's record, and nothing left running."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distnorm.drift import record
+from tests import runs
+
+pytestmark = pytest.mark.run
+
+WRONG = [
+    # what is typed → the value named, the remedy
+    (["norm=snyc"], "norm='snyc'", "Did you mean 'sync'?"),
+    (["norm.normalisation_batch=8"], "norm.normalisation_batch", "Did you mean 'norm.normalization_batch'?"),
+    (["+norm.foo=1"], "norm.foo=1", "Keys of norm: kind, normalization_batch"),
+    (["norm.normalization_batch=0"], "norm.normalization_batch=0 must be a whole number of at least 1", "Use e.g."),
+    (["data.device_batch=-1"], "data.device_batch=-1 must be a whole number of at least 1", "data.device_batch=16"),
+    (["trainer.devices=two"], "trainer.devices='two'", "trainer.devices=2"),
+    (["trainer=cpu_ddp", "trainer.devices=4", "norm.sync_ranks=3"], "norm.sync_ranks=3", "Use 1, 2 or 4."),
+    (["ckpt_path=/nowhere"], "ckpt_path='/nowhere' does not exist", "Give a run folder or a checkpoint file"),
+    (["data=folder", "data.root=/nowhere"], "data.root='/nowhere' does not exist", "Give an existing folder"),
+    (["logger.mode=onlin"], "logger.mode='onlin'", "Did you mean 'online'?"),
+    (["trainer=cpu_ddp", "data.device_batch=1000"], "1078 training samples", "data.last_batch=keep"),
+    (["optimizer.lr=fast"], "optimizer.lr='fast' must be a number", "optimizer.lr=0.1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("typed", "value", "remedy"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
+)
+def test_wrong_input_ends_in_three_lines_before_any_rank_starts(tmp_path, typed, value, remedy):
+    done, run = runs.train_py(*typed, folder=tmp_path / "runs", check=False)
+    assert done.returncode == 2
+    assert run is None, "a run folder was made"
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) <= 3
+    assert "Traceback" not in done.stderr
+    assert value in done.stderr
+    assert remedy in done.stderr
+
+
+def finish(process, timeout_s):
+    """Wait for the launcher; its output, and how long it took."""
+    started = time.monotonic()
+    output, _ = process.communicate(timeout=timeout_s)
+    return output, time.monotonic() - started
+
+
+def no_process_is_left(process):
+    return not runs.descendants(process)
+
+
+def steps_of(folder):
+    """Steps in the newest record of a folder of runs."""
+    files = list(folder.glob("*/record.jsonl"))
+    return [row["step"] for row in record.read(files[0]) if "train/loss" in row] if files else []
+
+
+def test_a_rank_that_raises_ends_the_run_and_is_named_last(tmp_path):
+    process = runs.start(
+        "trainer=cpu_ddp",
+        "norm=sync",
+        "logger.mode=disabled",
+        "model._target_=tests.faulty.RaisesOnRank1",
+        folder=tmp_path,
+    )
+    output, _ = finish(process, 120)
+    assert process.returncode == 1
+    last = output[output.index("rank 1 failed first, with ValueError") :]
+    assert "Traceback" in last
+    assert "ValueError: the label file is corrupt" in last
+    assert "rank 0 failed" not in last
+    runs.wait_for(lambda: no_process_is_left(process), 10)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_by_sigkill_ends_the_run_within_10_s_and_is_named_last(tmp_path, rank):
+    process = runs.start("trainer=cpu_ddp", "norm=sync", "trainer.log_every_n_steps=1", folder=tmp_path)
+    runs.wait_for(lambda: len(steps_of(tmp_path)) >= 5)
+    assert len(runs.descendants(process)) >= 3
+    runs.kill(runs.rank_process(process, rank))
+    output, seconds = finish(process, 60)
+    assert seconds < 10
+    assert process.returncode == 1
+    assert f"rank {rank} failed first: it ended by signal SIGKILL" in output.strip().splitlines()[-1]
+    runs.wait_for(lambda: no_process_is_left(process), 10)
+
+
+def test_a_killed_run_keeps_its_last_steps_in_record_and_wandb_file_and_leaves_no_process(tmp_path):
+    from tests.wandb_file import history
+
+    process = runs.start("trainer=cpu_ddp", "trainer.log_every_n_steps=1", folder=tmp_path)
+    runs.wait_for(lambda: len(steps_of(tmp_path)) >= 20)
+    killed_after = max(steps_of(tmp_path))
+    time.sleep(1.5)  # wandb writes twice a second
+    runs.kill(process.pid)
+    process.wait()
+    runs.wait_for(lambda: no_process_is_left(process), 15)
+    run = next(tmp_path.iterdir())
+    in_record = steps_of(tmp_path)
+    in_wandb = [row["trainer/global_step"] for row in history(next(run.glob("wandb/*/*.wandb"))) if "train/loss" in row]
+    assert in_record == list(range(1, len(in_record) + 1))
+    assert in_wandb == list(range(1, len(in_wandb) + 1))
+    assert len(in_record) >= killed_after
+    assert len(in_wandb) >= killed_after
+
+
+def test_ctrl_c_ends_all_ranks(tmp_path):
+    process = runs.start("trainer=cpu_ddp", "logger.mode=disabled", "trainer.log_every_n_steps=1", folder=tmp_path)
+    runs.wait_for(lambda: len(steps_of(tmp_path)) >= 5)
+    process.send_signal(signal.SIGINT)
+    finish(process, 30)
+    assert process.returncode != 0
+    runs.wait_for(lambda: no_process_is_left(process), 10)
+
+
+def test_torchruns_ranks_are_found_and_share_one_folder(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    overrides = [f"runs_dir={tmp_path}", "trainer.accelerator=cpu", "trainer.devices=auto", "trainer.max_steps=3"]
+    done = subprocess.run(
+        [*command, *overrides, "norm=sync", "logger.mode=disabled"],
+        capture_output=True,
+        text=True,
+        cwd=runs.ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 CPU ranks" in done.stdout
+    assert "sync over 2 ranks" in done.stdout
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_two_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+    quick = ("trainer=cpu", "trainer.max_steps=1", "logger.mode=disabled", "drift=none")
+    pair = [runs.start(*quick, folder=tmp_path) for _ in range(2)]
+    for process in pair:
+        finish(process, 120)
+        assert process.returncode == 0
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
