@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.errors import ConfigError, GroupError
+from distnorm.errors import ConfigError, GroupError, divisors_in_words
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
     dist, "all_gather_into_tensor", None
@@ -61,12 +61,6 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
         )
     first = me - me % size
     return tuple(range(first, first + size))
-
-
-def divisors_in_words(number: int) -> str:
-    """Spell the divisors of `number` for a message: `1, 2 or 4`."""
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
 
 
 def group_of(ranks: tuple[int, ...]) -> Any:
@@ -144,16 +138,6 @@ def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
         except RuntimeError as error:
             _raise_named(error, ranks, what)
     return PendingSum(values, work, ranks, what)
-
-
-def barrier(what: str) -> None:
-    """Wait until every rank is here.
-
-    Collective: 1 sum of one number over all ranks.
-    """
-    if is_running():
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        start_sum(torch.zeros(1, device=device), tuple(range(world_size())), what).wait()
 
 
 def start_ranks(*, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:

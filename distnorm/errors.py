@@ -38,3 +38,9 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, sorted(choices), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def divisors_in_words(number: int) -> str:
+    """Spell the divisors of `number`: `"1, 2 or 4"`."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"

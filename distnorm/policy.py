@@ -8,7 +8,7 @@ gain nothing more. So 32 is the aim and 16 the least.
 import dataclasses
 from typing import Any
 
-from distnorm.errors import ConfigError, did_you_mean
+from distnorm.errors import ConfigError, did_you_mean, divisors_in_words
 
 KINDS = ("auto", "batch", "sync", "ghost", "group", "group_ws")
 
@@ -180,9 +180,10 @@ def _check_sync_ranks(sync_ranks: int, world_size: int, kind: str) -> None:
             "Use norm=sync, or leave norm.sync_ranks out.",
         )
     if sync_ranks < 1 or world_size % sync_ranks:
-        numbers = [str(d) for d in _divisors(world_size)]
-        valid = numbers[0] if len(numbers) == 1 else f"{', '.join(numbers[:-1])} or {numbers[-1]}"
-        raise ConfigError(f"norm.sync_ranks={sync_ranks} does not divide world_size={world_size}. Use {valid}.")
+        raise ConfigError(
+            f"norm.sync_ranks={sync_ranks} does not divide world_size={world_size}. "
+            f"Use {divisors_in_words(world_size)}."
+        )
 
 
 def _divisors(number: int) -> list[int]:

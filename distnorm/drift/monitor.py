@@ -71,6 +71,7 @@ class DriftMonitor(Callback):
         self._watched: list[_Watched] = []
         self._handles: list[Any] = []
         self._measuring = False
+        self._steps_before = 0
         self._recent: dict[str, collections.deque[float]] = {}
 
     @property
@@ -103,6 +104,7 @@ class DriftMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether this step is measured; alike on every rank."""
+        self._steps_before = trainer.global_step
         self._measuring = (trainer.global_step + 1) % self.interval == 0
         for watched in self._watched:
             watched.forget()
@@ -111,7 +113,7 @@ class DriftMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare, and log from rank 0, when the optimizer has stepped."""
-        if self._measuring and trainer.global_step % self.interval == 0:
+        if self._measuring and trainer.global_step > self._steps_before:
             values = self._measure()
             for logger in trainer.loggers if trainer.is_global_zero and values else ():
                 logger.log_metrics(values, step=trainer.global_step)
@@ -122,64 +124,74 @@ class DriftMonitor(Callback):
         def look(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
             if not self._measuring or not layer.training or watched.reference is not None:
                 return
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
             x = args[0]
-            dtype = layer.running_mean.dtype
-            watched.reference = torch.cat((layer.running_mean, layer.running_var))
+            watched.reference = _reference(watched)
             watched.positions = x.shape[2:].numel()
             if _block_size(layer) == 1:
-                watched.own = Moments.of(x).pack().to(dtype)
+                watched.own = Moments.of(x).pack()
 
         return look
 
     def _measure(self) -> dict[str, float]:
-        """Bring all ranks' moments together, compute on every rank, name the numbers."""
-        seen = [watched for watched in self._watched if watched.reference is not None]
-        rows = self._gathered([watched for watched in seen if _free_moments(watched.layer) is None])
-        scalars: dict[str, Tensor] = {}
-        for watched in seen:
-            moments_RK = _free_moments(watched.layer)
-            if moments_RK is not None and watched.reference is not None:
-                rows[watched.name] = (moments_RK, watched.reference.expand(len(moments_RK), -1))
-            scalars |= self._compare(watched, *rows[watched.name])
-        if not scalars:
+        """Bring all ranks' moments together, and compute and name the numbers on rank 0, on the CPU in float64."""
+        rows = self._gathered() | self._free()
+        if collectives.rank() or not rows:
             return {}
-        numbers = torch.stack([value.double() for value in scalars.values()]).tolist()
-        return self._keep(dict(zip(scalars, numbers, strict=True)))
+        # One copy to the host for all layers.
+        flat = torch.cat([part.flatten().double() for pair in rows.values() for part in pair]).cpu()
+        parts = iter(torch.split(flat, [part.numel() for pair in rows.values() for part in pair]))
+        numbers: dict[str, float] = {}
+        for watched in self._watched:
+            if watched.name in rows:
+                ranks = len(rows[watched.name][0])
+                numbers |= self._compare(watched, next(parts).view(ranks, -1), next(parts).view(ranks, -1))
+        return self._keep(numbers)
 
-    def _gathered(self, watched: list[_Watched]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _gathered(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Gather the layers that share with fewer ranks than all; one that was not reached here sends zeros."""
+        watched = [w for w in self._watched if w.layer.training and not _shares_with_all(w.layer)]
         if not watched:
             return {}
-        parts = [torch.cat((_own_moments(w), w.reference)).double() for w in watched if w.reference is not None]
+        parts = [torch.cat((_own_moments(w), _reference(w))).double() for w in watched]
         everyone = tuple(range(collectives.world_size()))
         packed = collectives.gather(torch.cat(parts), everyone, "the drift monitor")
         columns = torch.split(packed, [len(part) for part in parts], 1)
+        widths = [2 * w.layer.num_features for w in watched]
         return {
-            w.name: (column[:, : -2 * w.layer.num_features], column[:, -2 * w.layer.num_features :])
-            for w, column in zip(watched, columns, strict=True)
+            w.name: (column[:, :-width], column[:, -width:])
+            for w, column, width in zip(watched, columns, widths, strict=True)
         }
 
-    def _compare(self, watched: _Watched, moments_RK: Tensor, reference_R2C: Tensor) -> dict[str, Tensor]:
-        size = _block_size(watched.layer)
-        scalars = {}
-        batch = Moments.unpack(moments_RK.view(len(moments_RK) // size, size, -1)).merged()
+    def _free(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Take the moments of all ranks that layers synchronized over the world have gathered in their forward."""
+        return {
+            w.name: (w.layer.rank_moments, w.reference.expand(len(w.layer.rank_moments), -1))
+            for w in self._watched
+            if isinstance(w.layer, SyncBatchNorm) and _shares_with_all(w.layer)
+            if w.reference is not None and w.layer.rank_moments is not None
+        }
+
+    def _compare(self, watched: _Watched, moments_RK: Tensor, reference_R2C: Tensor) -> dict[str, float]:
+        groups = _groups(watched.layer, len(moments_RK))
+        scalars: dict[str, float] = {}
+        merged = [Moments.unpack(moments_RK[list(group)]).merged().pack() for group in groups]
+        batch = Moments.unpack(torch.stack(merged))
         samples_B = (batch.count / watched.positions).tolist()
         if min(samples_B) >= FEWEST_SAMPLES:
-            mean_BC, var_BC = reference_R2C[::size].chunk(2, 1)
+            mean_BC, var_BC = reference_R2C[[group[0] for group in groups]].chunk(2, 1)
             floor_B = mean_BC.new_tensor([jeffreys_floor(n, watched.layer.momentum) for n in samples_B])
             excess_C = excess_jeffreys(batch, mean_BC, var_BC, floor_B, watched.layer.eps)
-            scalars["jeffreys"], scalars["jeffreys_max"] = excess_C.mean(), excess_C.max()
+            scalars |= {"jeffreys": float(excess_C.mean()), "jeffreys_max": float(excess_C.max())}
         over_time = self._over_time(watched, Moments.unpack(moments_RK)) if len(moments_RK) > 1 else None
         if over_time is not None:
-            scalars["between_ranks"] = between_rank_ratio(over_time).median()
+            scalars["between_ranks"] = float(between_rank_ratio(over_time).median())
         return {f"drift/{watched.name}/{key}": value for key, value in scalars.items()}
 
     def _over_time(self, watched: _Watched, ranks: Moments) -> Moments | None:
         """Add this measurement to the window of the last 25 to 50; `None` while there are too few."""
         if not bool((ranks.count > 0).all()):
             return None
-        means = ranks.mean.double().cpu()
+        means = ranks.mean
         now = Moments(means.new_tensor(1.0), means.flatten(), torch.zeros_like(means).flatten())
         before, current = watched.windows or (None, Moments(now.count * 0, now.mean * 0, now.m2))
         current = current + now
@@ -204,16 +216,31 @@ def _block_size(layer: _BatchNorm) -> int:
     return len(layer.members()) if isinstance(layer, SyncBatchNorm) else 1
 
 
-def _free_moments(layer: _BatchNorm) -> Tensor | None:
-    """Give the moments of all ranks where the layer's own forward gathered them."""
-    if isinstance(layer, SyncBatchNorm) and _block_size(layer) == collectives.world_size():
-        return layer.rank_moments
-    return None
+def _groups(layer: _BatchNorm, num_ranks: int) -> list[tuple[int, ...]]:
+    """Part the ranks into those that share statistics."""
+    if isinstance(layer, SyncBatchNorm) and layer.group_ranks is not None:
+        return [layer.group_ranks, *((rank,) for rank in range(num_ranks) if rank not in layer.group_ranks)]
+    size = _block_size(layer)
+    return [tuple(range(first, first + size)) for first in range(0, num_ranks, size)]
+
+
+def _shares_with_all(layer: _BatchNorm) -> bool:
+    return 1 < _block_size(layer) == collectives.world_size()
 
 
 def _own_moments(watched: _Watched) -> Tensor:
+    """Give this rank's moments: measured by the hook, or by the layer itself; zeros if it was not reached."""
     layer = watched.layer
-    if watched.own is None and isinstance(layer, SyncBatchNorm) and layer.rank_moments is not None:
+    if watched.own is not None:
+        return watched.own
+    if watched.reference is not None and isinstance(layer, SyncBatchNorm) and layer.rank_moments is not None:
         return layer.rank_moments[layer.members().index(collectives.rank())]
-    assert watched.own is not None
-    return watched.own
+    assert layer.running_mean is not None
+    return layer.running_mean.new_zeros(2 * layer.num_features + 1)
+
+
+def _reference(watched: _Watched) -> Tensor:
+    layer = watched.layer
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return torch.cat((layer.running_mean, layer.running_var)) if watched.reference is None else watched.reference
