@@ -34,7 +34,9 @@ class NormSettings(_Strict):
     min_normalization_batch: AtLeastOne
     exact: Flag
     sync_ranks: AtLeastOne | None
-    momentum: Annotated[float, Field(gt=0, le=1)] | None = Field(description="a number in (0, 1]", examples=[0.1])
+    momentum: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        description="a number in (0, 1]", examples=[0.1]
+    )
     pretrained: Flag
 
 
@@ -50,14 +52,22 @@ class TrainerSettings(_Strict):
         BeforeValidator(lambda value: f"{value}-true" if value in (32, 64, "32", "64") else value),
     ]
     max_epochs: AtLeastOne
-    max_steps: Annotated[int, Field(ge=-1)] = Field(description="a whole number, -1 for no limit", examples=[1000])
+    max_steps: Annotated[int, Field(ge=-1, strict=True)] = Field(
+        description="a whole number, -1 for no limit", examples=[1000]
+    )
     check_val_every_n_epoch: AtLeastOne
     log_every_n_steps: AtLeastOne
     accumulate_grad_batches: AtLeastOne
-    gradient_clip_val: Annotated[float, Field(gt=0)] | None = Field(description="a number above 0", examples=[1.0])
+    gradient_clip_val: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
+        description="a number above 0", examples=[1.0]
+    )
     threads_per_rank: AtLeastOne | None
-    timeout_s: Annotated[float, Field(gt=0)] = Field(description="seconds, above 0", examples=[300])
-    progress_every_s: Annotated[float, Field(gt=0)] = Field(description="seconds, above 0", examples=[10])
+    timeout_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = Field(
+        description="seconds, above 0", examples=[300]
+    )
+    progress_every_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = Field(
+        description="seconds, above 0", examples=[10]
+    )
     lightning: dict[str, Any]
 
 
@@ -82,7 +92,9 @@ class LoggerSettings(_Strict):
 class Settings(_Strict):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(description="a whole number of at least 0", examples=[0])
+    seed: Annotated[int, Field(ge=0, lt=2**32, strict=True)] = Field(
+        description="a whole number from 0 to 4294967295", examples=[0]
+    )
     ckpt_path: str | None
     runs_dir: str
     data: Node

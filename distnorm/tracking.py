@@ -102,4 +102,4 @@ def _start_wandb(settings: LoggerSettings, run: RunFolder, config: Mapping[str, 
 
 
 def _has_key() -> bool:
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    return bool(os.environ.get("WANDB_API_KEY")) or bool(wandb.login(prompt=False, verify=False))

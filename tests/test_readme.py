@@ -29,8 +29,16 @@ def test_it_is_short_and_shows_code_early():
 
 @pytest.mark.parametrize(
     ("device_batch", "ranks", "kind", "sync_ranks"),
-    [(16, 1, "batch", 1), (16, 64, "batch", 1), (8, 4, "sync", 4), (8, 64, "sync", 4)]
-    + [(4, 4, "sync", 4), (2, 8, "sync", 8), (2, 4, "group_ws", 1), (1, 8, "group_ws", 1)],
+    [
+        (16, 1, "batch", 1),
+        (16, 64, "batch", 1),
+        (8, 4, "sync", 4),
+        (8, 64, "sync", 4),
+        (4, 4, "sync", 4),
+        (2, 8, "sync", 8),
+        (2, 4, "group_ws", 1),
+        (1, 8, "group_ws", 1),
+    ],
 )
 def test_the_table_of_decisions_is_true(device_batch, ranks, kind, sync_ranks):
     spec = decide(device_batch, ranks)

@@ -176,8 +176,8 @@ def test_a_sweep_starts_each_job_with_its_own_configuration(tmp_path):
     ]
     runs.train_py(*overrides, folder=tmp_path)
     seen = set()
-    for folder in tmp_path.iterdir():
-        run = runs.RunFolder(folder)
+    for file in tmp_path.glob("*/result.json"):
+        run = runs.RunFolder(file.parent)
         result = json.loads(run.result.read_text())
         assert result["world_size"] == 2
         seen.add((result["decision"]["kind"], run.read_settings().optimizer["lr"]))

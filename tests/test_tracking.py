@@ -62,7 +62,6 @@ def test_appending_to_a_record_keeps_its_one_first_line(tmp_path):
     assert [json.loads(line).get("opened") for line in path.read_text().splitlines()] == [1, None, None]
 
 
-@pytest.mark.xfail(strict=True, reason="bug: the first row after a torn line is glued to it, and lost with it")
 def test_appending_after_a_torn_line_loses_no_row(tmp_path):
     path = tmp_path / "record.jsonl"
     record.Record(path).append(1, {"loss": 1.0})
@@ -126,10 +125,7 @@ def test_the_tasks_of_a_slurm_job_agree_and_arrays_and_restarts_have_their_own(f
     assert slurm_name(found, 1, SLURM_RESTART_COUNT="0") == "slurm-77-0"
 
 
-bug_restart = pytest.mark.xfail(strict=True, reason="bug: after torchrun restarts its ranks some find the old folder")
-
-
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=bug_restart)])
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_ranks_of_torchrun_agree_through_its_store_also_after_a_restart(found, restarts):
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     paths = {}
@@ -251,7 +247,6 @@ def test_online_without_a_key_logs_offline_and_warns_once_of_the_remedy(without_
     assert "Run `wandb login` first" in warning
 
 
-@pytest.mark.xfail(strict=True, reason="bug: wandb.api is deprecated, and wandb says so")
 def test_online_without_a_key_prints_nothing_but_that_warning(without_key):
     assert len(without_key[0]) == 1
 

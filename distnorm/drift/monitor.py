@@ -122,7 +122,7 @@ class DriftMonitor(Callback):
     def _hook_of(self, watched: _Watched) -> Any:
         @torch.no_grad()
         def look(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-            if not self._measuring or not layer.training or watched.reference is not None:
+            if not self._measuring or not layer.training or watched.own is not None:
                 return
             x = args[0]
             watched.reference = _reference(watched)
@@ -140,11 +140,11 @@ class DriftMonitor(Callback):
         # One copy to the host for all layers.
         flat = torch.cat([part.flatten().double() for pair in rows.values() for part in pair]).cpu()
         parts = iter(torch.split(flat, [part.numel() for pair in rows.values() for part in pair]))
+        by_name = {watched.name: watched for watched in self._watched}
         numbers: dict[str, float] = {}
-        for watched in self._watched:
-            if watched.name in rows:
-                ranks = len(rows[watched.name][0])
-                numbers |= self._compare(watched, next(parts).view(ranks, -1), next(parts).view(ranks, -1))
+        for name, (moments_RK, _) in rows.items():
+            ranks = len(moments_RK)
+            numbers |= self._compare(by_name[name], next(parts).view(ranks, -1), next(parts).view(ranks, -1))
         return self._keep(numbers)
 
     def _gathered(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -24,9 +24,11 @@ class Record:
     """
 
     def __init__(self, path: Path, about: Mapping[str, Any] | None = None) -> None:
-        new = not path.exists()
+        before = path.read_bytes() if path.exists() else b""
         self._file = path.open("a", buffering=1, encoding="utf-8")
-        if new:
+        if before and not before.endswith(b"\n"):  # a kill cut the last line short: the next is not to share its fate
+            self._file.write("\n")
+        if not before:
             self._write({"schema": SCHEMA, "time": time.time(), **(about or {})})
 
     def append(self, step: int, values: Mapping[str, float]) -> None:

@@ -60,7 +60,9 @@ def _compose_and_start(train: Train, config: Path) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through, to be worded here
     try:
         hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, ValueError) and overrides.NO_CHOICE not in str(error):
+            raise
         raise ConfigError(overrides.in_words(error, config.parent)) from None
     for composed in single:
         _start(train, settings.check(composed), sweeping=False)

@@ -4,8 +4,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import OverrideParseException
+
 from distnorm.errors import did_you_mean
 from distnorm.settings import Settings
+
+NO_CHOICE = "Config group override must be a string"
+"""How the plain `ValueError` begins that Hydra raises for `norm=null` or `norm=2`."""
 
 _PLAIN_GROUPS = ("norm", "trainer", "drift", "logger")
 _TARGET_GROUPS = ("data", "model", "task", "optimizer")
@@ -30,8 +35,10 @@ def in_words(error: Exception, conf: Path) -> str:
         return _unknown_key(found.group(1), conf)
     if found := re.search(r"Ambiguous value for argument '(.+?)'", text):
         return f"{found.group(1)} gives several values for one run. Add -m to run one after the other, or give one."
-    if found := re.search(r"Error parsing override '(.*?)'", text):
-        return f"{found.group(1)!r} cannot be read as key=value. Write e.g. norm=sync; quote what a shell would split."
+    if NO_CHOICE in text:
+        return "A group takes the name of one of its choices. Write e.g. norm=sync or trainer=cpu; `--help` lists them."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override!r} cannot be read as key=value. Write e.g. norm=sync; quote what a shell would split."
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(line[:200] for line in lines[:3])
 

@@ -103,9 +103,15 @@ def _from_slurm(trainer: TrainerSettings, accelerator: Literal["cpu", "gpu"], en
             "trainer=slurm found no task of srun: SLURM_STEP_ID is not set.\n"
             "Submit slurm/train.sbatch, or start with: srun --ntasks-per-node=… python train.py trainer=slurm …",
         )
-    counts = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1")))
+    layout = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_NTASKS_PER_NODE", "1"))
+    even = re.fullmatch(r"(\d+)(\(x\d+\))?", layout)  # "4(x2)": 4 on each of 2 nodes; "1,3": 1 on one, 3 on another
+    if even is None:
+        raise ConfigError(
+            f"slurm started {layout} ranks on its nodes, and each node must have as many.\n"
+            "Use --ntasks-per-node=… instead of --ntasks=…, for as many on each.",
+        )
     world = environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))
-    values = {"WORLD": world, "LOCAL": counts.group() if counts else "1", "RANK": environ["SLURM_PROCID"]}
+    values = {"WORLD": world, "LOCAL": even.group(1), "RANK": environ["SLURM_PROCID"]}
     values["LOCAL_RANK"] = environ.get("SLURM_LOCALID", "0")
     return _given(trainer, accelerator, "slurm", values, ("WORLD", "LOCAL", "RANK", "LOCAL_RANK"))
 

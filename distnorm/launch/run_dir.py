@@ -78,9 +78,8 @@ def open_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.e
         name = f"slurm-{job}{array}-{environ.get('SLURM_STEP_ID', '0')}{restarts}"
     elif ranks.started_by == "torchrun" and ranks.world_size > 1:
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        name = collectives.agreed_through_launcher(
-            name, key="distnorm/run", rank=ranks.rank, address=address, port=port
-        )
+        key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
+        name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
     run = RunFolder((Path(settings.runs_dir) / name).resolve())
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     run.error_of(0).parent.mkdir(exist_ok=True)
