@@ -97,7 +97,7 @@ class Spy(Callback):
         self.history.append(module.seen)
 
 
-def validate_and_save_every_step(folder, steps, ckpt_path=None):
+def validate_and_save_every_step(folder, steps, ckpt_path=None, validations=1):
     task = Shifted()
     conversion = convert(task.model, decide(256, 2, kind="batch"))
     spy = Spy()
@@ -109,6 +109,7 @@ def validate_and_save_every_step(folder, steps, ckpt_path=None):
         max_steps=steps,
         val_check_interval=1,
         num_sanity_val_steps=0,
+        limit_val_batches=validations,
         use_distributed_sampler=False,
         callbacks=[
             spy,
@@ -121,7 +122,7 @@ def validate_and_save_every_step(folder, steps, ckpt_path=None):
     )
     trainer.fit(task, ckpt_path=ckpt_path)
     own = (task.model[0].running_mean.clone(), task.model[0].running_var.clone())
-    return spy.history[-1], own, spy.start
+    return spy.history[-1] if validations else None, own, spy.start
 
 
 def test_evaluation_and_checkpoint_hold_variance_5_and_the_ranks_their_own(tmp_path):
@@ -141,6 +142,14 @@ def test_evaluation_and_checkpoint_hold_variance_5_and_the_ranks_their_own(tmp_p
     resumed = ranks.run(validate_and_save_every_step, str(tmp_path / "on"), 101, str(tmp_path / "last.ckpt"), world=2)
     for rank, (_, _, start) in enumerate(resumed):
         assert torch.equal(start, found[rank][1][0]), "training did not go on with the rank's own statistics"
+
+
+def test_no_broadcast_of_rank_0s_buffers_reaches_the_training(tmp_path):
+    """A validation in between would hide DDP's broadcast: it skips the forward after one without gradients."""
+    for rank, (_, (mean, _), _) in enumerate(
+        ranks.run(validate_and_save_every_step, str(tmp_path), 60, None, 0, world=2)
+    ):
+        assert mean.tolist() == pytest.approx([4 * rank] * 2, abs=0.2)
 
 
 def test_more_ranks_than_the_checkpoint_has_start_from_the_pooled_statistics(tmp_path):

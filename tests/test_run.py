@@ -58,12 +58,22 @@ def test_each_decision_is_said_and_trains(tmp_path, world, overrides, said):
 
 
 @pytest.mark.unit
-def test_a_kept_last_batch_trains_on_every_sample(tmp_path):
-    runs.in_pool(
-        tmp_path / "run", 2, "data.device_batch=120", "data.last_batch=keep", "norm=sync", "trainer.max_steps=5"
-    )
-    losses = [row["train/loss"] for row in runs.rows(runs.RunFolder(tmp_path / "run")) if "train/loss" in row]
-    assert len(losses) == 5  # 4 × 240 = 960 of 1078, and the last 118, dealt as 59 and 59
+@pytest.mark.parametrize(("global_batch", "last"), [(240, [30, 30, 29, 29]), (1076, [1, 1, 0, 0])])
+def test_a_kept_last_batch_dealt_unevenly_trains_as_one_process_does(tmp_path, global_batch, last):
+    steps = 1078 // global_batch + 1
+    same = ["data.last_batch=keep", "norm=sync", "data.augmentation=none", "trainer.precision=64-true", "drift=none"]
+    weights, losses = {}, {}
+    for world in (1, 4):
+        folder = tmp_path / str(world)
+        runs.in_pool(folder, world, *same, f"data.global_batch={global_batch}", f"trainer.max_steps={steps}")
+        run = runs.RunFolder(folder)
+        losses[world] = losses_of(run)
+        weights[world] = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
+    assert sum(last) == 1078 - (steps - 1) * global_batch
+    assert len(losses[1]) == steps
+    assert losses[4] == pytest.approx(losses[1], abs=1e-8)
+    for key, value in weights[1].items():
+        torch.testing.assert_close(weights[4][key], value, rtol=0, atol=1e-6, msg=key)
 
 
 @pytest.mark.run

@@ -233,6 +233,8 @@ def copies_work():
     torch.save(layer, buffer)
     buffer.seek(0)
     clones = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(buffer, weights_only=False)]
+    assert layer.rank_moments is not None
+    assert all(clone.rank_moments is None for clone in clones)
     x = torch.randn(4, 3)
     return [torch.equal(clone(x), layer(x)) and clone.sync_ranks == 2 for clone in clones]
 

@@ -1,0 +1,104 @@
+"""What surrounds the training: random streams of the ranks, decay of norms, checkpoints written whole."""
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
+
+from distnorm import ConfigError
+from distnorm.launch.checkpoints import AtomicCheckpointIO
+from distnorm.launch.trainer import check_passthrough, seed_rank, seed_weights
+from distnorm.models import ResNet
+from distnorm.tasks import Classification
+
+pytestmark = pytest.mark.unit
+
+
+def drawn(seed, rank):
+    seed_weights(seed)
+    weight = nn.Linear(3, 3).weight.detach().clone()
+    seed_rank(seed, rank)
+    return weight, torch.rand(4)
+
+
+def test_weights_are_alike_on_all_ranks_and_dropout_differs():
+    first, second = drawn(5, 0), drawn(5, 1)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(drawn(5, 1)[1], second[1])
+    assert not torch.equal(drawn(6, 0)[0], first[0])
+
+
+def task(**options):
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1, weight_decay=0.5)
+    made = Classification(ResNet(), optimizer, num_classes=10, **options)
+    made._trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
+    return made
+
+
+def test_norms_and_biases_do_not_decay_unless_told_to():
+    for told, decay in (({}, 0.0), ({"norm_weight_decay": 0.25}, 0.25)):
+        made = task(**told)
+        decays = {
+            id(p): g["weight_decay"] for g in made.configure_optimizers()["optimizer"].param_groups for p in g["params"]
+        }
+        for module in made.model.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                plain = isinstance(module, nn.Conv2d | nn.Linear) and name == "weight"
+                assert decays[id(parameter)] == (0.5 if plain else decay)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    made = task(warmup_fraction=0.1)
+    scheduler = made.configure_optimizers()["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(100):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        scheduler.step()
+    assert rates[:10] == sorted(rates[:10])
+    assert max(rates) == rates[10] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.05)  # halfway down
+    assert rates[-1] < 1e-3
+    assert scheduler.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"task\.schedule='cosin' is not one of cosine, constant\. Did you mean 'cosine'"
+    ):
+        task(schedule="cosin")
+
+
+def test_a_save_that_is_cut_short_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def torn(self, checkpoint, path, storage_options=None):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", torn)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"max_epoch": 3},
+            "trainer.lightning.max_epoch=3 is no argument of lightning.Trainer. Did you mean 'max_epochs'?",
+        ),
+        ({"max_epochs": 3}, "trainer.lightning.max_epochs=3 has a setting of its own. Use trainer.max_epochs=3."),
+        ({"strategy": "fsdp"}, "trainer.lightning.strategy='fsdp' is what distnorm sets itself. Leave it out."),
+    ],
+)
+def test_what_is_passed_to_lightning_is_checked(extra, message):
+    with pytest.raises(ConfigError) as caught:
+        check_passthrough(extra)
+    assert str(caught.value) == message
+    check_passthrough({"deterministic": True})
