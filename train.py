@@ -1,5 +1,4 @@
-"""Train a model with the normalization batch you choose: config → data → model → decide → convert → fit → evaluate →
-report.
+"""Train with the normalization batch you choose: config → data → model → decide → convert → fit → evaluate → report.
 
 python train.py                                     # one device: a GPU if there is one
 python train.py trainer=cpu_ddp norm=sync           # two CPU ranks, synchronized batch norm

@@ -81,9 +81,7 @@ class EvaluationStatistics(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write the pooled statistics into the `state_dict`, and each rank's own beside it. Lightning calls this on all
-        ranks.
-        """
+        """Write the pooled statistics into the `state_dict`, each rank's own beside it; called on all ranks."""
         ranks = self._gather(pl_module)
         write_into(checkpoint["state_dict"], pl_module, pooled(ranks))
         checkpoint[checkpoints.ENTRY] = checkpoints.entry(self._spec, ranks)

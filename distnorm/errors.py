@@ -1,6 +1,4 @@
-"""What distnorm raises. A message says what failed in the user's words, the values, the rule and the remedy, in at most
-3 lines.
-"""
+"""What distnorm raises: messages that say what failed, the values, the rule and the remedy, in at most 3 lines."""
 
 import difflib
 from collections.abc import Iterable

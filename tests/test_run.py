@@ -181,6 +181,7 @@ def test_a_sweep_starts_each_job_with_its_own_configuration(tmp_path):
         "norm=batch,sync",
         "optimizer.lr=0.1,0.01",
         "trainer=cpu_ddp",
+        "trainer.ranks_from=local",
         "trainer.max_steps=2",
         "logger.mode=disabled",
     ]

@@ -1,5 +1,4 @@
-"""Drift measures of one layer: batch against running statistics, and ranks against each other. Plain functions of
-moments.
+"""Drift measures of one layer, as functions of moments: batch against running statistics, rank against rank.
 
 Legend: C channels, B blocks of ranks that share statistics, K ranks, T measurements in time.
 """
@@ -61,8 +60,7 @@ def excess_jeffreys(batch: Moments, running_mean: Tensor, running_var: Tensor, f
 
 
 def between_rank_ratio(over_time: Moments) -> Tensor:
-    """How much further apart the ranks' means lie than chance puts them: about 1 for shuffled shards, more for sorted
-    ones.
+    """How much further apart the ranks' means lie than by chance: about 1 for shuffled shards, more for sorted ones.
 
         R_p = Var_k(mean_t m_kt) / (mean_k Var_t(m_kt) / T),  divided by the median it has when all ranks draw alike
 

@@ -73,6 +73,10 @@ def _compose_and_start(train: Train, config: Path) -> None:
 def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
     """Check all that can be checked without ranks, then run here or start them."""
     found = ranks.find(checked.trainer)
+    if sweeping and found.started_by in ("torchrun", "slurm"):
+        raise ConfigError(
+            f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. Sweep without it."
+        )
     complete = checked.with_batches(found.world_size)
     complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
@@ -95,7 +99,7 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     from distnorm.launch import local  # noqa: PLC0415
 
     checked = run.read_settings()
-    found = ranks.find(checked.trainer)
+    found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
     try:
         train(checked, found, run)

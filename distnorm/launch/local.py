@@ -1,5 +1,4 @@
-"""Start this machine's ranks through torch's elastic launcher, the engine of torchrun, and name the one that failed
-first.
+"""Start this machine's ranks through torch's elastic launcher, torchrun's engine; name the one that failed first.
 
 Each rank is a fresh process of the same script, that reads its configuration from the run folder. Rank 0 keeps the
 console; the others write to files. When one ends badly the others are ended, and none outlives this process.

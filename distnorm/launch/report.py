@@ -1,6 +1,4 @@
-"""What a run says of itself: at its start what was chosen and why, at its end the result, on the console and in the
-folder.
-"""
+"""What a run says of itself, on the console and in its folder: what was chosen and why, and the result."""
 
 from pathlib import Path
 from typing import Any

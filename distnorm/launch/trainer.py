@@ -112,9 +112,7 @@ def seed_rank(seed: int, rank: int) -> None:
 
 
 def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
-    """Set the CPU threads of this rank: another number gives other bits, and ranks that share cores slow each other
-    down.
-    """
+    """Set the CPU threads of this rank: another number gives other bits, and ranks that share cores slow down."""
     if settings.threads_per_rank is not None:
         torch.set_num_threads(settings.threads_per_rank)
     elif ranks.accelerator == "cpu":
@@ -122,8 +120,9 @@ def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
 
 
 def make_ddp(timeout_s: float) -> DDPStrategy:
-    """Turn DDP's broadcast of buffers off, under the name this torch has for it: it would make rank 0's statistics all
-    ranks'.
+    """Make DDP without its broadcast of buffers, that would make rank 0's running statistics all ranks'.
+
+    torch 2.13 has a new name for the switch, and warns of the old one.
     """
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
     switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

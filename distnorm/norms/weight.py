@@ -1,6 +1,4 @@
-"""Weight standardization: convolutions whose filters have mean 0 and variance 1, the partner of GroupNorm at tiny
-batches.
-"""
+"""Weight standardization: filters of mean 0 and variance 1, the partner of GroupNorm at tiny batches."""
 
 from typing import Any
 
