@@ -37,7 +37,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     callbacks = [EvaluationStatistics(spec), throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [drift] if settings.drift.kind != "none" else []
     loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)
-    trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks)
+    trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)
     task = build(settings.task, model=model, optimizer=build(settings.optimizer))
 
     seed_rank(settings.seed, ranks.rank)

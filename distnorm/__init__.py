@@ -10,9 +10,9 @@ from distnorm.errors import ShapeError as ShapeError
 from distnorm.moments import Moments as Moments
 from distnorm.norms import GhostBatchNorm as GhostBatchNorm
 from distnorm.norms import SyncBatchNorm as SyncBatchNorm
-from distnorm.policy import NormSpec as NormSpec
 from distnorm.policy import decide as decide
 from distnorm.population import evaluation_statistics as evaluation_statistics
 from distnorm.population import pool_running_stats as pool_running_stats
+from distnorm.spec import NormSpec as NormSpec
 
 __version__ = "0.1.0"

@@ -5,11 +5,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from distnorm import checkpoint as checkpoints
 from distnorm import collectives
-from distnorm.policy import NormSpec
-from distnorm.population import Statistics, gather_running_stats, pooled, swap_in, write_into
+from distnorm.population import (
+    Statistics,
+    gather_running_stats,
+    own_running_stats,
+    pooled,
+    swap_in,
+    write_into,
+)
+from distnorm.spec import NormSpec
 
 _log = logging.getLogger(__name__)
 
@@ -24,8 +32,8 @@ class EvaluationStatistics(Callback):
     Args:
         spec: the decision; it is kept in the checkpoint for `distnorm.load`.
 
-    Collective: 1 gather of 2C + 1 float64 numbers a layer, all layers in one, before each evaluation or checkpoint
-        after a training step.
+    Collective: where the ranks' statistics differ (`spec.evaluation` is `pooled`), 1 gather of 2C + 1 float64 numbers a
+        layer, all layers in one, before each evaluation or checkpoint after a training step; else none.
     """
 
     def __init__(self, spec: NormSpec) -> None:
@@ -36,7 +44,8 @@ class EvaluationStatistics(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put this rank's own statistics back on resume: DDP's constructor has just made them rank 0's."""
-        if self._stored is None:
+        self._gathered = None
+        if self._stored is None or self._spec.evaluation == "running":  # all ranks share one set: the pooled one
             return
         ranks = collectives.world_size()
         if len(self._stored) == ranks:
@@ -57,6 +66,8 @@ class EvaluationStatistics(Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the pooled statistics in."""
+        if trainer.state.fn != TrainerFn.FITTING:  # no training step says when the statistics moved
+            self._gathered = None
         self._own = swap_in(pl_module, pooled(self._gather(pl_module)))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -67,10 +78,17 @@ class EvaluationStatistics(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the pooled statistics in; a loaded checkpoint's are alike on all ranks, and pool to themselves."""
-        self._gathered = None
         self.on_validation_start(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Swap the rank's own back in."""
+        self.on_validation_end(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Swap the pooled statistics in."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
         self.on_validation_end(trainer, pl_module)
 
@@ -93,6 +111,8 @@ class EvaluationStatistics(Callback):
         self._stored = checkpoint.get(checkpoints.ENTRY, {}).get("rank_statistics")
 
     def _gather(self, pl_module: pl.LightningModule) -> list[Statistics]:
-        if self._gathered is None:
+        if self._gathered is None and self._spec.evaluation == "running":
+            self._gathered = [own_running_stats(pl_module)] * collectives.world_size()
+        elif self._gathered is None:
             self._gathered = gather_running_stats(pl_module)
         return self._gathered

@@ -5,6 +5,7 @@ statistics (`rank_statistics`), that training goes on with. Its `state_dict` hol
 evaluated.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from distnorm.convert import convert
 from distnorm.errors import ConfigError
-from distnorm.policy import NormSpec
 from distnorm.population import Statistics
+from distnorm.spec import NormSpec
 
 ENTRY = "distnorm"
 _PREFIX = "model."
@@ -60,22 +61,52 @@ def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:
         ConfigError: there is no such checkpoint, it is not one of ours, or it is of another model.
     """
     path = find(checkpoint)
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    if ENTRY not in stored:
-        raise ConfigError(
-            f"{str(path)!r} has no {ENTRY!r} entry: no distnorm run wrote it.\n"
-            "Load it with torch.load and model.load_state_dict.",
-        )
-    convert(model, NormSpec.from_dict(stored[ENTRY]["spec"]))
+    stored = _read(path)
+    conversion = convert(model, NormSpec.from_dict(stored[ENTRY]["spec"]))
     weights: dict[str, Tensor] = {
         key.removeprefix(_PREFIX): tensor for key, tensor in stored["state_dict"].items() if key.startswith(_PREFIX)
     }
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        conversion.revert()
         difference = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"{str(path)!r} holds the weights of another model than {type(model).__name__}: {difference}\n"
             "Build the model with the settings in the run folder's config.yaml.",
         ) from error
     return model.eval()
+
+
+def check_resume(path: Path, spec: NormSpec) -> None:
+    """Refuse to go on from a checkpoint whose layers compute something else than `spec`'s would with its weights.
+
+    Batch, sync and ghost share weights and statistics; GroupNorm, with standardized weights or without, has others.
+
+    Raises:
+        ConfigError: the checkpoint is not one of ours, or of another family of norms.
+    """
+    before = NormSpec.from_dict(_read(path)[ENTRY]["spec"])
+    if _family(before) != _family(spec):
+        raise ConfigError(
+            f"ckpt_path={str(path)!r} was trained with {before.in_words()}, and this run has {spec.in_words()}.\n"
+            f"Its weights mean something else there. Use norm={before.kind} to go on.",
+        )
+
+
+def _family(spec: NormSpec) -> str:
+    return spec.kind if spec.kind.startswith("group") else "batch statistics"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours; tensors stay on the disk until they are used."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        stored = {}
+    if not isinstance(stored, dict) or ENTRY not in stored:
+        raise ConfigError(
+            f"{str(path)!r} has no {ENTRY!r} entry: no distnorm run wrote it.\n"
+            "Give a run folder or a checkpoint in one; load others with torch.load and model.load_state_dict.",
+        )
+    return stored

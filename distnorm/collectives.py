@@ -37,7 +37,7 @@ def world_size() -> int:
 
 
 def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """Name the ranks that pool with this one.
+    """Name the ranks that pool with this one, and make their process group where there is none yet.
 
     Args:
         sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
@@ -46,39 +46,47 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
     Returns:
         Rank numbers in ascending order, this rank's among them.
 
+    Collective: the first call for a partition must be reached by *every* rank of the world, members or not: nccl can
+        split a communicator only so. Later calls: none.
+
     Raises:
-        ConfigError: `sync_ranks` does not divide the world size.
+        ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order.
     """
     me, world = rank(), world_size()
+    if sync_ranks is not None and sync_ranks < 1:
+        raise ConfigError(f"sync_ranks={sync_ranks} must be at least 1. Give a number of ranks, or None for all.")
     if world == 1:
         return (0,)
     if group_ranks is not None:
+        if sorted(set(group_ranks)) != list(group_ranks) or not set(group_ranks) <= set(range(world)):
+            raise ConfigError(
+                f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
+                f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
+            )
+        _make_groups((group_ranks,))
         return group_ranks if me in group_ranks else (me,)
     size = world if sync_ranks is None else sync_ranks
     if world % size:
         raise ConfigError(
             f"sync_ranks={size} does not divide world_size={world}. Use {divisors_in_words(world)}.",
         )
-    first = me - me % size
-    return tuple(range(first, first + size))
+    _make_groups(tuple(tuple(range(first, first + size)) for first in range(0, world, size)))
+    return tuple(range(me - me % size, me - me % size + size))
 
 
-def group_of(ranks: tuple[int, ...]) -> Any:
-    """Make, or find again, the process group of `ranks`.
-
-    Collective: the first call for a group must be reached by every rank of that group, by no other.
-    Its timeout is the one the world was started with.
-    """
+def _make_groups(partition: tuple[tuple[int, ...], ...]) -> None:
+    """Make the process groups of a partition, on all ranks in the same order, with the timeout of the world."""
     global _groups_of  # noqa: PLW0603
-    world = dist.group.WORLD
-    if _groups_of is not world:
+    if _groups_of is not dist.group.WORLD:
         _groups.clear()
-        _groups_of = world
-    if len(ranks) == dist.get_world_size():
-        return world
-    if ranks not in _groups:
-        _groups[ranks] = dist.new_group(list(ranks), timeout=_world_timeout(), use_local_synchronization=True)
-    return _groups[ranks]
+        _groups_of = dist.group.WORLD
+    for ranks in partition:
+        if 1 < len(ranks) < dist.get_world_size() and ranks not in _groups:
+            _groups[ranks] = dist.new_group(list(ranks), timeout=_world_timeout())
+
+
+def _group_of(ranks: tuple[int, ...]) -> Any:
+    return dist.group.WORLD if len(ranks) == dist.get_world_size() else _groups[ranks]
 
 
 def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
@@ -101,7 +109,7 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
         return values.unsqueeze(0)
     rows_RK = values.new_empty(len(ranks) * values.numel())
     try:
-        _all_gather(rows_RK, values.contiguous(), group=group_of(ranks))
+        _all_gather(rows_RK, values.contiguous(), group=_group_of(ranks))
     except RuntimeError as error:
         _raise_named(error, ranks, what)
     return rows_RK.view(len(ranks), -1)
@@ -134,7 +142,7 @@ def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
     work = None
     if len(ranks) > 1:
         try:
-            work = dist.all_reduce(values, group=group_of(ranks), async_op=True)
+            work = dist.all_reduce(values, group=_group_of(ranks), async_op=True)
         except RuntimeError as error:
             _raise_named(error, ranks, what)
     return PendingSum(values, work, ranks, what)

@@ -18,7 +18,7 @@ from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
-from distnorm.policy import NormSpec, group_count
+from distnorm.spec import NormSpec, group_count
 
 _SOURCES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm)
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -144,7 +144,7 @@ def _find_norms(model: nn.Module) -> dict[str, nn.Module]:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(
-            "convert() got a scripted model, whose layers are fixed. Convert first, then torch.jit.script."
+            "convert() got a scripted model, whose layers are fixed. Convert the module it was made from."
         )
     norms: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -176,7 +176,9 @@ def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Itera
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     ids = {id(norm) for norm in norms.values()}
     for (name, module), (_, after) in itertools.pairwise(leaves):
-        if type(module) in STANDARDIZED and id(after) in ids and _channels(module) == _channels(after):
+        if type(module) not in STANDARDIZED or id(after) not in ids or _channels(module) != _channels(after):
+            continue
+        if module.weight[0].numel() > 1:  # a filter of one weight would be standardized to 0
             yield name, module
 
 
@@ -234,6 +236,9 @@ _CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
 
 def _become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     module.__class__ = cls
+    module.__dict__.pop(
+        "process_group", None
+    )  # torch's synchronized layer holds one, that nothing could copy or pickle
     module.__dict__.update(attributes)
 
 
@@ -259,8 +264,15 @@ def _restore(snapshot: _Snapshot) -> None:
         if key not in snapshot.attributes:
             del module.__dict__[key]
     module.__dict__.update(snapshot.attributes)
+    like = next(module.parameters(recurse=False), None)  # the model may have moved, or changed its dtype, meanwhile
     for name, buffer in snapshot.buffers.items():
-        module._buffers.setdefault(name, buffer)  # noqa: SLF001
+        if name not in module._buffers:  # noqa: SLF001
+            follows = buffer is not None and like is not None
+            module._buffers[name] = _moved(buffer, like) if follows else buffer  # type: ignore[arg-type]  # noqa: SLF001
+
+
+def _moved(buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return buffer.to(like.device, like.dtype if buffer.is_floating_point() else None)
 
 
 def _lost_keys(model: nn.Module, snapshots: list[_Snapshot]) -> Iterator[str]:

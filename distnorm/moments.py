@@ -42,7 +42,7 @@ class Moments:
         x_CM = x.transpose(0, 1).flatten(1).to(statistics_dtype(x.dtype))
         if mask is not None:
             return cls._of_masked(x_CM, mask.expand(x.shape[0], *x.shape[2:]).flatten())
-        count = x_CM.new_tensor(float(x_CM.shape[1]))
+        count = torch.full((), float(x_CM.shape[1]), dtype=x_CM.dtype, device=x_CM.device)
         if x_CM.shape[1] == 0:
             return cls(count, x_CM.new_zeros(x_CM.shape[0]), x_CM.new_zeros(x_CM.shape[0]))
         var_C, mean_C = torch.var_mean(x_CM, 1, correction=0)

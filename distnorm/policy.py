@@ -6,74 +6,9 @@ gain nothing more. So 32 is the aim and 16 the least.
 """
 
 import dataclasses
-from typing import Any
 
 from distnorm.errors import ConfigError, did_you_mean, divisors_in_words
-
-KINDS = ("auto", "batch", "sync", "ghost", "group", "group_ws")
-
-
-@dataclasses.dataclass(frozen=True)
-class NormSpec:
-    """The answer to "who shares statistics?", as plain data that a checkpoint can hold.
-
-    Attributes:
-        kind: `batch` (local), `sync` (over ranks), `ghost` (parts of a device batch), `group` (GroupNorm) or `group_ws`
-            (GroupNorm, and standardized convolutions before it).
-        normalization_batch: samples that share one set of statistics; 1 for GroupNorm, whose statistics are a sample's
-            own.
-        sync_ranks: ranks that pool together, in blocks of consecutive ranks; 1 unless `kind` is `sync`.
-        ghost_batch: samples that share statistics inside one device, for `ghost`; else `None`.
-        groups: the most groups a GroupNorm gets; a layer takes the largest divisor of its channels up to it that leaves
-            2 channels a group.
-        momentum: weight of a new batch in the running statistics; `None` keeps each layer's own.
-        evaluation: `running` where all ranks hold the same running statistics, `pooled` where they differ.
-        device_batch: samples one device sees per forward; what the decision was made for.
-        world_size: ranks; likewise.
-        reasons: why, in words.
-        alternatives: what else would work, in words.
-    """
-
-    kind: str
-    normalization_batch: int
-    sync_ranks: int = 1
-    ghost_batch: int | None = None
-    groups: int = 32
-    momentum: float | None = None
-    evaluation: str = "running"
-    device_batch: int = 0
-    world_size: int = 1
-    reasons: tuple[str, ...] = ()
-    alternatives: tuple[str, ...] = ()
-
-    def in_words(self) -> str:
-        """Say it in one line: `sync over 4 ranks, normalization batch 32`."""
-        names = {
-            "batch": "local batch norm",
-            "sync": f"sync over {self.sync_ranks} rank{'s' if self.sync_ranks > 1 else ''}",
-            "ghost": f"ghost batches of {self.ghost_batch}",
-            "group": "GroupNorm",
-            "group_ws": "GroupNorm with weight standardization",
-        }
-        scope = (
-            "each sample alone" if self.kind.startswith("group") else f"normalization batch {self.normalization_batch}"
-        )
-        return f"{names[self.kind]}, {scope}"
-
-    def __str__(self) -> str:
-        """Give the decision and its reasons, one a line."""
-        alternatives = [f"  or: {text}" for text in self.alternatives]
-        return "\n".join([self.in_words(), *(f"  because {text}" for text in self.reasons), *alternatives])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Give plain lists, numbers and strings, as JSON and `torch.load(weights_only=True)` want them."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "NormSpec":
-        """Rebuild what `to_dict` wrote."""
-        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**arguments)
+from distnorm.spec import KINDS, NormSpec
 
 
 def decide(
@@ -127,9 +62,14 @@ def decide(
         "world_size": world_size,
         "normalization_batch": normalization_batch,
         "min_normalization_batch": min_normalization_batch,
+        "ranks_per_node": world_size if ranks_per_node is None else ranks_per_node,
     }.items():
-        if value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1. Give a number of {_UNITS[name]}, e.g. {name}=16.")
+        if type(value) is not int or value < 1:
+            raise ConfigError(
+                f"{name}={value!r} must be at least 1, a whole number. Give a number of {_UNITS[name]}, e.g. {name}=16."
+            )
+    if momentum is not None and not 0 < momentum <= 1:
+        raise ConfigError(f"momentum={momentum} must be in (0, 1]: the weight of a new batch. Use e.g. momentum=0.1.")
     if sync_ranks is not None:
         _check_sync_ranks(sync_ranks, world_size, kind)
     case = _Case(device_batch, world_size, normalization_batch, min_normalization_batch, ranks_per_node or world_size)
@@ -150,6 +90,7 @@ def decide(
 _UNITS = {
     "device_batch": "samples one device sees per forward",
     "world_size": "ranks",
+    "ranks_per_node": "ranks on one machine",
     "normalization_batch": "samples that share statistics",
     "min_normalization_batch": "samples that share statistics",
 }
@@ -197,11 +138,18 @@ def _derive(case: _Case, *, exact: bool, sync_ranks: int | None, pretrained: boo
     if exact:
         return _reach_exactly(case)
     if case.device_batch >= case.least:
-        why = f"device batch {case.device_batch} ≥ {case.least}: more samples would gain at most 0.3 points"
-        return NormSpec("batch", case.device_batch, reasons=(why,))
+        return _stay_local(case)
     if case.reachable >= case.least:
         return _sync_enough(case)
     return _group(case, pretrained=pretrained)
+
+
+def _stay_local(case: _Case) -> NormSpec:
+    b = case.device_batch
+    why = f"device batch {b} ≥ least normalization batch {case.least}"
+    why += ": more samples would gain at most 0.3 points" if b >= 16 else ""
+    more = f"norm.min_normalization_batch={case.asked}, or norm.exact=true, to insist on the {case.asked} asked for"
+    return NormSpec("batch", b, reasons=(why,), alternatives=(more,) if b < case.asked <= case.reachable else ())
 
 
 def _sync_enough(case: _Case) -> NormSpec:
@@ -218,7 +166,7 @@ def _sync_enough(case: _Case) -> NormSpec:
     if reached >= aim:
         how = f"{ranks} × {b} = {reached} ≥ normalization batch {aim}"
     else:
-        place = "all ranks" if ranks == case.world_size else "all ranks of a node"
+        place = "all ranks" if ranks == case.world_size else f"{ranks} ranks of a node"
         how = f"{place} together reach {reached}: under the asked {case.asked}, but ≥ {case.least}"
     return NormSpec("sync", reached, sync_ranks=ranks, reasons=(why, how))
 
@@ -266,6 +214,11 @@ def _obey(case: _Case, kind: str, sync_ranks: int | None, *, exact: bool) -> Nor
         spec = NormSpec("sync", ranks * b, sync_ranks=ranks, reasons=(asked, f"{how}: {ranks} × {b} = {ranks * b}"))
     elif kind == "ghost":
         ghost = min(case.asked, b)
+        if b % ghost:
+            raise ConfigError(
+                f"norm.kind=ghost cannot part device_batch={b} into ghosts of norm.normalization_batch={ghost}.\n"
+                f"Use a divisor of {b}: {divisors_in_words(b)}.",
+            )
         spec = NormSpec("ghost", ghost, ghost_batch=ghost, reasons=(asked, f"device batch {b} in ghosts of {ghost}"))
     elif kind == "batch":
         spec = NormSpec("batch", b, reasons=(asked, f"each rank normalizes over its own {b} samples"))
@@ -281,14 +234,3 @@ def _obey(case: _Case, kind: str, sync_ranks: int | None, *, exact: bool) -> Nor
         warning = f"{b} < {case.least} samples: expect a worse model; norm=auto would choose otherwise"
         spec = dataclasses.replace(spec, alternatives=(warning,))
     return spec
-
-
-def group_count(channels: int, most: int = 32) -> int:
-    """Choose GroupNorm's groups: the largest divisor of `channels` up to `most` that leaves 2 channels a group.
-
-    One channel a group would be instance norm, that returns 0 on a 1 × 1 map. A prime number of channels gets one
-    group.
-
-    Source: Wu & He 2018, table 3 (32 groups best, 2 channels a group 1.5 points worse than 16).
-    """
-    return max(g for g in range(1, most + 1) if channels % g == 0 and (channels // g >= 2 or g == 1))

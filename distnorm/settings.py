@@ -13,13 +13,15 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distnorm.errors import ConfigError, did_you_mean
-from distnorm.policy import KINDS, NormSpec, decide
-from distnorm.targets import Node, check_target, check_value
+from distnorm.policy import decide
+from distnorm.spec import KINDS, NormSpec
+from distnorm.targets import Node, check_takes, check_target, check_value
 
 DEFAULT_DEVICE_BATCH = 16
 AtLeastOne = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[16])]
 Flag = Annotated[bool, Field(description="true or false", examples=["true"])]
 Auto = Literal["auto"]
+_PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
 
 class _Strict(BaseModel):
@@ -49,11 +51,11 @@ class TrainerSettings(_Strict):
     ranks_from: Literal["auto", "local", "torchrun", "slurm"]
     precision: Annotated[
         Literal["32-true", "64-true", "bf16-mixed", "16-mixed"],
-        BeforeValidator(lambda value: f"{value}-true" if value in (32, 64, "32", "64") else value),
+        BeforeValidator(lambda value: _PRECISIONS.get(str(value), value)),
     ]
     max_epochs: AtLeastOne
-    max_steps: Annotated[int, Field(ge=-1, strict=True)] = Field(
-        description="a whole number, -1 for no limit", examples=[1000]
+    max_steps: AtLeastOne | Literal[-1] = Field(
+        description="a whole number of at least 1, or -1 for no limit", examples=[1000]
     )
     check_val_every_n_epoch: AtLeastOne
     log_every_n_steps: AtLeastOne
@@ -164,10 +166,28 @@ def check(config: DictConfig) -> Settings:
         check_value(f"data.{name}", settings.data.get(name), AtLeastOne | None)
     data = {key: value for key, value in settings.data.items() if key not in ("device_batch", "global_batch")}
     check_target("data", data, given=("device_batch",))
+    check_takes("data", data, "device_batch")
     check_target("model", settings.model)
     check_target("task", settings.task, given=("model", "optimizer"))
     check_target("optimizer", settings.optimizer, given=("params",))
     return settings
+
+
+def check_fit(settings: Settings, data: Any) -> None:
+    """Compare the classes and channels of data that knows them with the arguments of the model that name them.
+
+    Raises:
+        ConfigError: the model is built for other data.
+    """
+    channels = data.input_shape[0] if hasattr(data, "input_shape") else None
+    for key, has in {
+        "num_classes": getattr(data, "num_classes", None),
+        "in_channels": channels,
+        "in_chans": channels,
+    }.items():
+        asked = settings.model.get(key)
+        if None not in (has, asked) and has != asked:
+            raise ConfigError(f"model.{key}={asked}, and the data has {has}. Use model.{key}={has}.")
 
 
 def from_yaml(text: str) -> Settings:

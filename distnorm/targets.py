@@ -80,6 +80,19 @@ def check_target(path: str, node: Node, given: Sequence[str] = ()) -> None:
             raise ConfigError(f"{path}.{parameter.name} is missing, and {name} needs it. Add {path}.{parameter.name}=…")
 
 
+def check_takes(path: str, node: Node, argument: str) -> None:
+    """Require that a node's target takes an argument that the run gives.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    parameters = inspect.signature(hydra.utils.get_object(node["_target_"])).parameters
+    if argument not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ConfigError(
+            f"{path}._target_={node['_target_']!r} takes no {argument}, that the run sets. Add it to its arguments."
+        )
+
+
 def _type_hints(target: Any) -> dict[str, Any]:
     function = target.__init__ if inspect.isclass(target) else target
     try:

@@ -1,6 +1,7 @@
 """Conversion in place, its table, its refusals, and back."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -182,6 +183,30 @@ def test_converting_again_follows_the_newer_spec():
     torch.testing.assert_close(model[0](x), nn.BatchNorm2d(4)(x))
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_revert_follows_a_model_that_has_changed_its_dtype(spec):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+    conversion = convert(model, spec)
+    model.double()
+    conversion.revert()
+    assert model(torch.randn(4, 3, 2, 2, dtype=torch.float64)).dtype == torch.float64
+    assert model[1].num_batches_tracked.dtype == torch.int64
+
+
+def test_torchs_layer_leaves_its_process_group_behind_and_gets_it_back():
+    model = nn.Sequential(nn.SyncBatchNorm(4))
+    group = model[0].process_group = threading.Lock()  # like a process group, nothing that could be copied
+    conversion = convert(model, SYNC)
+    copy.deepcopy(model)
+    assert conversion.revert()[0].process_group is group
+
+
+def test_filters_of_one_weight_are_not_standardized():
+    model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8))
+    convert(model, decide(2, 2))
+    assert [type(model[0]), type(model[2])] == [nn.Conv2d] * 2
+
+
 class OwnForward(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).relu()
@@ -191,7 +216,7 @@ class OwnForward(nn.BatchNorm2d):
     ("model", "value", "remedy"),
     [
         (nn.DataParallel(nn.BatchNorm1d(2)), "DataParallel", "pass model.module"),
-        (torch.jit.script(nn.Sequential(nn.ReLU())), "scripted", "Convert first"),
+        (torch.jit.script(nn.Sequential(nn.ReLU())), "scripted", "Convert the module it was made from"),
         (nn.Sequential(nn.LazyBatchNorm2d()), "'0' is a LazyBatchNorm2d", "Run one batch"),
         (nn.Sequential(nn.BatchNorm2d(2), OwnForward(2)), "'1' is a OwnForward", "Replace it"),
         (nn.Sequential(nn.Linear(2, 2)), "no batch norm in Sequential", "norm_layer"),

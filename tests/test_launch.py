@@ -25,6 +25,8 @@ WRONG = [
     (["data=folder", "data.root=/nowhere"], "data.root='/nowhere' does not exist", "Give an existing folder"),
     (["logger.mode=onlin"], "logger.mode='onlin'", "Did you mean 'online'?"),
     (["trainer=cpu_ddp", "data.device_batch=1000"], "1078 training samples", "data.last_batch=keep"),
+    (["ckpt_path=README.md"], "README.md' has no 'distnorm' entry", "run folder"),
+    (["model.num_classes=5"], "model.num_classes=5, and the data has 10", "Use model.num_classes=10"),
     (["optimizer.lr=fast"], "optimizer.lr='fast' must be a number", "optimizer.lr=0.1"),
 ]
 

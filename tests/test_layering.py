@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(distnorm.__file__).parent
 LADDER = [
     ["errors"],
-    ["collectives"],
+    ["collectives", "spec"],
     ["moments", "policy"],
     ["norms"],
     ["convert"],
@@ -111,7 +111,7 @@ def test_light_rooms_import_torch_and_nothing_heavier():
         top = imported.split(".")[0]
         if room_of(module) in LIGHT_ROOMS:
             assert top not in HEAVY, f"{file} imports {imported}"
-        if room_of(module) == "policy":
+        if room_of(module) in {"policy", "spec"}:
             assert top in {"dataclasses", "typing", "distnorm"}
 
 

@@ -1,13 +1,14 @@
 """The policy: its table, its promises over all inputs, and every refusal's value and remedy."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distnorm import ConfigError, NormSpec, decide
-from distnorm.policy import KINDS, group_count
+from distnorm.spec import KINDS, group_count
 
 pytestmark = pytest.mark.unit
 
@@ -26,8 +27,8 @@ TABLE = [
     (8, 4, {}, "sync", 4, 32, "device batch 8 < least normalization batch 16"),
     (8, 64, {}, "sync", 4, 32, "4 × 8 = 32"),
     (8, 6, {}, "sync", 6, 48, "6 × 8 = 48"),
-    (16, 8, {}, "batch", 1, 16, "device batch 16 ≥ 16"),
-    (2, 64, {"ranks_per_node": 8}, "sync", 8, 16, "all ranks of a node together reach 16"),
+    (16, 8, {}, "batch", 1, 16, "device batch 16 ≥ least normalization batch 16"),
+    (2, 64, {"ranks_per_node": 8}, "sync", 8, 16, "8 ranks of a node together reach 16"),
     (1, 64, {"ranks_per_node": 8}, "sync", 32, 32, "32 × 1 = 32"),
     (4, 16, {"ranks_per_node": 8}, "sync", 8, 32, "8 × 4 = 32"),
     (32, 1, {"exact": True}, "batch", 1, 32, "exactly"),
@@ -105,6 +106,14 @@ def test_more_samples_a_device_never_need_more_ranks(device_batch, world):
         ({"sync_ranks": 2, "kind": "group"}, "norm.sync_ranks=2", "Use norm=sync"),
         ({"normalization_batch": 0}, "normalization_batch=0 must be at least 1", "normalization_batch=16"),
         ({"min_normalization_batch": -3}, "min_normalization_batch=-3", "=16"),
+        ({"ranks_per_node": -1}, "ranks_per_node=-1 must be at least 1", "ranks_per_node=16"),
+        ({"normalization_batch": 8.0}, "normalization_batch=8.0", "a whole number"),
+        ({"momentum": 5}, "momentum=5 must be in (0, 1]", "momentum=0.1"),
+        (
+            {"kind": "ghost", "normalization_batch": 3},
+            "device_batch=8 into ghosts of norm.normalization_batch=3",
+            "1, 2, 4 or 8",
+        ),
         ({"normalization_batch": 24, "exact": True}, "norm.normalization_batch=24", "Use 2, 4, 8, 16, 32; or"),
         ({"normalization_batch": 64, "exact": True, "kind": "sync"}, "gives a normalization batch of 32", "norm=auto"),
     ],
@@ -121,6 +130,25 @@ def test_refusals_carry_value_and_remedy(options, value, remedy):
 def test_no_samples_or_no_ranks_are_refused(which):
     with pytest.raises(ConfigError, match=f"{which}=0 must be at least 1"):
         decide(**{"device_batch": 8, "world_size": 4, which: 0})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("snyc", 8), "NormSpec.kind='snyc' is not one of batch, sync, ghost, group, group_ws. Did you mean 'sync'?"),
+        (("sync", 8, 0), "sync_ranks=0"),
+        (("ghost", 8), "ghost_batch=None"),
+    ],
+)
+def test_a_spec_that_no_layer_could_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        NormSpec(*values)
+
+
+def test_what_is_asked_for_and_not_done_is_said():
+    assert "norm.min_normalization_batch=64" in str(decide(16, 8, normalization_batch=64))
+    assert "0.3 points" in str(decide(16, 8))
+    assert "0.3 points" not in str(decide(1, 1, min_normalization_batch=1))
 
 
 def test_local_statistics_are_pooled_for_evaluation_and_shared_ones_need_not_be():

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from distnorm import decide
-from distnorm.policy import KINDS
+from distnorm.spec import KINDS
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.unit

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from distnorm import settings
 from distnorm.errors import ConfigError
 from distnorm.launch import overrides, ranks
-from distnorm.policy import KINDS
+from distnorm.spec import KINDS
 
 pytestmark = pytest.mark.unit
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import GhostBatchNorm, ShapeError, SyncBatchNorm, collectives
+from distnorm import ConfigError, GhostBatchNorm, ShapeError, SyncBatchNorm, collectives
 from tests import ranks, reference
 
 pytestmark = pytest.mark.unit
@@ -224,6 +224,25 @@ def test_another_number_of_channels_is_refused(shape):
     layer = SyncBatchNorm(3)
     with pytest.raises(ShapeError, match=r"shape \(4.*normalizes \[N, 3, \*\]"):
         layer(torch.randn(*shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sync_ranks": 3}, "sync_ranks=3 does not divide world_size=4. Use 1, 2 or 4."),
+        ({"sync_ranks": 0}, "sync_ranks=0 must be at least 1"),
+        ({"group_ranks": (0, 0)}, "group_ranks=(0, 0) must be different ranks below world_size=4"),
+        ({"group_ranks": (0, 5)}, "group_ranks=(0, 5)"),
+    ],
+)
+def test_ranks_that_cannot_be_grouped_are_refused_on_every_rank(options, message):
+    assert all(text.startswith(message) for text in ranks.run(refused, options, world=4))
+
+
+def refused(options):
+    with pytest.raises(ConfigError) as caught:
+        SyncBatchNorm(3, **options)(torch.randn(4, 3))
+    return str(caught.value)
 
 
 def copies_work():

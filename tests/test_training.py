@@ -9,9 +9,12 @@ from torch import nn
 
 from distnorm import ConfigError
 from distnorm.launch.checkpoints import AtomicCheckpointIO
-from distnorm.launch.trainer import check_passthrough, seed_rank, seed_weights
+from distnorm.launch.ranks import find
+from distnorm.launch.run_dir import RunFolder
+from distnorm.launch.trainer import check_passthrough, make_trainer, seed_rank, seed_weights, set_threads
 from distnorm.models import ResNet
 from distnorm.tasks import Classification
+from tests.runs import composed
 
 pytestmark = pytest.mark.unit
 
@@ -102,3 +105,35 @@ def test_what_is_passed_to_lightning_is_checked(extra, message):
         check_passthrough(extra)
     assert str(caught.value) == message
     check_passthrough({"deterministic": True})
+
+
+SETTINGS = [
+    ("accumulate_grad_batches", 3, lambda t: t.accumulate_grad_batches),
+    ("gradient_clip_val", 0.5, lambda t: t.gradient_clip_val),
+    ("check_val_every_n_epoch", 4, lambda t: t.check_val_every_n_epoch),
+    ("max_epochs", 7, lambda t: t.max_epochs),
+    ("max_steps", 9, lambda t: t.max_steps),
+    ("log_every_n_steps", 6, lambda t: t.log_every_n_steps),
+    ("precision", "64-true", lambda t: t.precision),
+    ("precision", "bf16", lambda t: t.precision.removesuffix("-mixed")),
+    ("lightning", {"limit_val_batches": 2}, lambda t: {"limit_val_batches": t.limit_val_batches}),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "of"), SETTINGS, ids=[f"{key}={value}" for key, value, _ in SETTINGS])
+def test_each_setting_of_the_trainer_arrives(tmp_path, key, value, of):
+    override = (
+        f"+trainer.{key}={value}".replace("'", "").replace(" ", "") if key == "lightning" else f"trainer.{key}={value}"
+    )
+    settings = composed("trainer=cpu", override.replace("+", "++")).trainer
+    trainer = make_trainer(settings, find(settings, {}), RunFolder(tmp_path), [], [], None)
+    assert of(trainer) == value
+
+
+def test_threads_of_a_rank_are_set(tmp_path):
+    before = torch.get_num_threads()
+    for override, threads in (("trainer.threads_per_rank=2", 2), ("trainer=cpu", 1)):
+        settings = composed("trainer=cpu", override).trainer
+        set_threads(settings, find(settings, {}))
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)

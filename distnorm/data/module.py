@@ -156,6 +156,7 @@ class AbstractClassificationData(LightningDataModule, ABC):
             collate_fn=as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # its own generator: else every epoch takes a number from the stream that the model's dropout uses
             generator=torch.Generator().manual_seed(self.seed),
         )

@@ -3,15 +3,21 @@
 `best.ckpt` has the lowest validation loss (accuracy ties, and would keep the earliest), `last.ckpt` the end.
 """
 
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from distnorm.launch.run_dir import RunFolder
+
+_log = logging.getLogger(__name__)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -43,6 +49,15 @@ class LastCheckpoint(Callback):
         self._path = run.checkpoints / "last.ckpt"
         self._saved_at = -1
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say so where training stopped in the middle of an epoch: the rest of its samples are not trained on."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if trainer.state.fn == TrainerFn.FITTING and not progress["is_last_batch"] and trainer.is_global_zero:
+            done = progress["current"]["completed"]
+            _log.warning("The checkpoint is from the middle of an epoch, after its step %d: the rest is skipped.", done)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, where steps were made since the last time; alike on every rank."""
         if trainer.global_step != self._saved_at:
@@ -54,10 +69,39 @@ class LastCheckpoint(Callback):
         self.on_train_epoch_end(trainer, pl_module)
 
 
-def checkpoint_callbacks(run: RunFolder) -> list[Callback]:
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the checkpoint with the lowest validation loss, over a resume too: the new folder starts with the old best.
+
+    Lightning forgets the best score whenever the folder changes, as it does at every resume.
+
+    Args:
+        run: the folder.
+        resumed_from: the checkpoint that training goes on from.
+    """
+
+    def __init__(self, run: RunFolder, resumed_from: str | None) -> None:
+        super().__init__(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
+        self._before = Path(resumed_from).with_name("best.ckpt") if resumed_from else None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best checkpoint and its score over; alike on every rank, but the first alone copies."""
+        before, self._before = self._before, None  # the test at the end loads the state once more
+        score = state_dict["best_model_score"]
+        if before is None or score is None or not before.is_file():
+            return
+        path = str(Path(str(self.dirpath)) / "best.ckpt")
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            partial = f"{path}.partial"
+            shutil.copyfile(before, partial)
+            Path(partial).replace(path)
+        self.best_model_path = self.kth_best_model_path = path
+        self.best_model_score = self.kth_value = self.current_score = score
+        self.best_k_models = {path: score}
+
+
+def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> list[Callback]:
     """Make the callbacks that write both checkpoints."""
-    best = ModelCheckpoint(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
-    return [best, LastCheckpoint(run)]
+    return [BestCheckpoint(run, resumed_from), LastCheckpoint(run)]
 
 
 def test(
@@ -69,6 +113,6 @@ def test(
         The checkpoint that was tested, and its metrics over all ranks.
     """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    tested = Path(best) if best else run.checkpoints / "last.ckpt"
+    tested = Path(best) if best and Path(best).is_file() else run.checkpoints / "last.ckpt"
     trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}

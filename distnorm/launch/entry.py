@@ -78,14 +78,16 @@ def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
             f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. Sweep without it."
         )
     complete = checked.with_batches(found.world_size)
-    complete.decide(found.world_size, found.per_node)
+    spec = complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
     if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
         data.describe(found.world_size)
+    settings.check_fit(complete, data)
     if complete.ckpt_path is not None:
-        path = str(checkpoint.find(complete.ckpt_path).resolve())
-        complete = complete.model_copy(update={"ckpt_path": path})
+        path = checkpoint.find(complete.ckpt_path).resolve()
+        checkpoint.check_resume(path, spec)
+        complete = complete.model_copy(update={"ckpt_path": str(path)})
     run = open_run(complete, found)
     if found.started_by == "distnorm" or sweeping:
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need

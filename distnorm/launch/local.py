@@ -59,7 +59,8 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             **_shutdown_timeout(),
         )
         os.environ[RUN_DIR] = str(run.path)
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # spares torch's warning; the run sets the threads itself
+        # A rank's fair share of the cores, where torch's launcher would give 1; CPU ranks set theirs themselves.
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         started = time.time()
         try:
             elastic_launch(config, sys.executable)("-u", script)

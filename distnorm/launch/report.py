@@ -8,8 +8,8 @@ from distnorm.drift.monitor import WorstDrift
 from distnorm.launch import console
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
-from distnorm.policy import NormSpec
 from distnorm.settings import Settings
+from distnorm.spec import NormSpec
 
 
 def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conversion: Conversion) -> None:
@@ -22,7 +22,9 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
     plural = "s" if ranks.world_size > 1 else ""
     devices = f"{ranks.world_size} {ranks.accelerator.upper()} rank{plural}"
     devices += f" on {ranks.num_nodes} nodes" if ranks.num_nodes > 1 else ""
-    total = settings.device_batch * ranks.world_size
+    accumulated = settings.trainer.accumulate_grad_batches
+    total = settings.device_batch * ranks.world_size * accumulated
+    devices += f", {accumulated} batches accumulated" if accumulated > 1 else ""
     print(f"run       {run.path}")
     print(f"devices   {devices}, device batch {settings.device_batch}, {total} samples a step")
     if hasattr(data, "describe"):
@@ -30,6 +32,9 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
     print("norm      " + str(conversion.spec).replace("\n", "\n          "))
     if settings.ckpt_path is not None:
         print(f"resumed   from {settings.ckpt_path}")
+        print(
+            "          the optimizer's state is the checkpoint's: its learning rate and decay, not optimizer.*, apply"
+        )
     print(flush=True)
     write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
 
@@ -84,8 +89,11 @@ def finish(
     console.table(
         f"Result on the test set, {tested.stem} checkpoint",
         [
-            ("accuracy", f"{metrics['test/accuracy']:.4f}"),
-            ("loss", f"{metrics['test/loss']:.4f}"),
+            *(
+                (name.removeprefix("test/"), f"{value:.4f}")
+                for name, value in metrics.items()
+                if name.startswith("test/")
+            ),
             ("normalization", spec.in_words()),
             ("training", f"{samples_per_s:.0f} samples/s" if samples_per_s else "too short to time"),
             ("worst drift", _in_words(worst)),

@@ -14,6 +14,7 @@ from typing import Any
 
 import distnorm
 from distnorm import collectives
+from distnorm.errors import ConfigError
 from distnorm.launch.ranks import Ranks
 from distnorm.settings import Settings, from_yaml
 
@@ -81,10 +82,16 @@ def open_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.e
         key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
         name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
     run = RunFolder((Path(settings.runs_dir) / name).resolve())
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    run.error_of(0).parent.mkdir(exist_ok=True)
-    if ranks.is_first:
-        run.write_settings(settings)
+    try:
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run.error_of(0).parent.mkdir(exist_ok=True)
+        if ranks.is_first:
+            run.write_settings(settings)
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir={settings.runs_dir!r} takes no run folder: {error.strerror}. "
+            "Give a folder that every rank can write, e.g. runs_dir=/scratch/me/runs.",
+        ) from None
     return run
 
 

@@ -27,7 +27,12 @@ from distnorm.settings import TrainerSettings
 
 
 def make_trainer(
-    settings: TrainerSettings, ranks: Ranks, run: RunFolder, loggers: list[Logger], callbacks: list[Callback]
+    settings: TrainerSettings,
+    ranks: Ranks,
+    run: RunFolder,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    resumed_from: str | None,
 ) -> pl.Trainer:
     """Make the trainer: DDP over the ranks that exist, without any broadcast of buffers, and two checkpoints.
 
@@ -37,6 +42,7 @@ def make_trainer(
         run: where checkpoints go.
         loggers: where numbers go.
         callbacks: besides the checkpoints.
+        resumed_from: the checkpoint that training goes on from.
 
     """
     set_threads(settings, ranks)
@@ -53,7 +59,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *checkpoint_callbacks(run)],
+        "callbacks": [*callbacks, *checkpoint_callbacks(run, resumed_from)],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
@@ -93,6 +99,7 @@ _OURS = (
     "plugins",
     "strategy",
     "sync_batchnorm",
+    "enable_checkpointing",
 )
 
 

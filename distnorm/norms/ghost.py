@@ -69,9 +69,10 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         return f"{super().extra_repr()}, ghost_batch={self.ghost_batch}"  # type: ignore[no-untyped-call]
 
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
+        y = torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
         if self.training:
             self._take_batch(Moments.of(x.detach()))
-        return torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
+        return y
 
     def _normalize_ghost(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # torch refuses an empty batch; DDP needs `weight` and `bias` in the graph all the same

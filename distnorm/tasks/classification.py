@@ -57,6 +57,12 @@ class Classification(pl.LightningModule):
         if schedule not in SCHEDULES:
             near = did_you_mean(schedule, SCHEDULES)
             raise ConfigError(f"task.schedule={schedule!r} is not one of {', '.join(SCHEDULES)}.{near}")
+        if not 0 <= warmup_fraction <= 1:
+            raise ConfigError(
+                f"task.warmup_fraction={warmup_fraction} is no share of all steps in [0, 1]. Use e.g. 0.05."
+            )
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"task.label_smoothing={label_smoothing} is not in [0, 1). Use e.g. 0.1.")
         self.model = model
         self._optimizer = optimizer
         self._label_smoothing, self._warmup_fraction, self._schedule = label_smoothing, warmup_fraction, schedule
@@ -75,7 +81,8 @@ class Classification(pl.LightningModule):
             self.model(inputs), targets, reduction="none", label_smoothing=self._label_smoothing
         )
         loss: Tensor = losses_N.sum() / self._samples_a_rank(batch_idx, len(targets))
-        seen = torch.stack((losses_N.detach().sum().double(), losses_N.new_tensor(len(targets), dtype=torch.float64)))
+        count = torch.full((), float(len(targets)), dtype=torch.float64, device=losses_N.device)
+        seen = torch.stack((losses_N.detach().sum().double(), count))
         self._since_log = seen if self._since_log is None else self._since_log + seen
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
@@ -129,7 +136,9 @@ class Classification(pl.LightningModule):
     def _samples_a_rank(self, batch_idx: int, own: int) -> float:
         """Samples of this step over all ranks, divided by the ranks; the data knows them without asking the others."""
         count = getattr(self.trainer.datamodule, "global_count", None)  # type: ignore[attr-defined]
-        return float(count(batch_idx) / self.trainer.world_size if count else own)
+        share = count(batch_idx) / self.trainer.world_size if count else own
+        # Dealt evenly, a rank has the share rounded up or down; another number is a step of another place in the epoch.
+        return float(share if abs(share - own) < 1 else own)
 
     def _evaluate(self, batch: tuple[Tensor, Tensor], split: str) -> None:
         inputs, targets = batch

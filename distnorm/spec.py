@@ -1,0 +1,97 @@
+"""The answer to "who shares statistics?" as plain data: what `decide` gives and `convert` takes. No torch."""
+
+import dataclasses
+from typing import Any
+
+from distnorm.errors import ConfigError, did_you_mean
+
+KINDS = ("auto", "batch", "sync", "ghost", "group", "group_ws")
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """The answer to "who shares statistics?", as plain data that a checkpoint can hold.
+
+    Attributes:
+        kind: `batch` (local), `sync` (over ranks), `ghost` (parts of a device batch), `group` (GroupNorm) or `group_ws`
+            (GroupNorm, and standardized convolutions before it).
+        normalization_batch: samples that share one set of statistics; 1 for GroupNorm, whose statistics are a sample's
+            own.
+        sync_ranks: ranks that pool together, in blocks of consecutive ranks; 1 unless `kind` is `sync`.
+        ghost_batch: samples that share statistics inside one device, for `ghost`; else `None`.
+        groups: the most groups a GroupNorm gets; a layer takes the largest divisor of its channels up to it that leaves
+            2 channels a group.
+        momentum: weight of a new batch in the running statistics; `None` keeps each layer's own.
+        evaluation: `running` where all ranks hold the same running statistics, `pooled` where they differ.
+        device_batch: samples one device sees per forward; what the decision was made for.
+        world_size: ranks; likewise.
+        reasons: why, in words.
+        alternatives: what else would work, in words.
+    """
+
+    kind: str
+    normalization_batch: int
+    sync_ranks: int = 1
+    ghost_batch: int | None = None
+    groups: int = 32
+    momentum: float | None = None
+    evaluation: str = "running"
+    device_batch: int = 0
+    world_size: int = 1
+    reasons: tuple[str, ...] = ()
+    alternatives: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what no layer could be.
+
+        Raises:
+            ConfigError: an unknown kind, fewer than one rank, or a ghost without its size.
+        """
+        if self.kind not in KINDS[1:]:
+            near = did_you_mean(self.kind, KINDS[1:])
+            raise ConfigError(f"NormSpec.kind={self.kind!r} is not one of {', '.join(KINDS[1:])}.{near}")
+        if self.sync_ranks < 1 or (self.kind == "ghost" and not self.ghost_batch):
+            raise ConfigError(
+                f"NormSpec has sync_ranks={self.sync_ranks} and ghost_batch={self.ghost_batch}: at least 1 rank, "
+                "and a ghost has a size.\nLet decide() make it, or give both."
+            )
+
+    def in_words(self) -> str:
+        """Say it in one line: `sync over 4 ranks, normalization batch 32`."""
+        names = {
+            "batch": "local batch norm",
+            "sync": f"sync over {self.sync_ranks} rank{'s' if self.sync_ranks > 1 else ''}",
+            "ghost": f"ghost batches of {self.ghost_batch}",
+            "group": "GroupNorm",
+            "group_ws": "GroupNorm with weight standardization",
+        }
+        scope = (
+            "each sample alone" if self.kind.startswith("group") else f"normalization batch {self.normalization_batch}"
+        )
+        return f"{names[self.kind]}, {scope}"
+
+    def __str__(self) -> str:
+        """Give the decision and its reasons, one a line."""
+        alternatives = [f"  or: {text}" for text in self.alternatives]
+        return "\n".join([self.in_words(), *(f"  because {text}" for text in self.reasons), *alternatives])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain lists, numbers and strings, as JSON and `torch.load(weights_only=True)` want them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "NormSpec":
+        """Rebuild what `to_dict` wrote."""
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
+
+
+def group_count(channels: int, most: int = 32) -> int:
+    """Choose GroupNorm's groups: the largest divisor of `channels` up to `most` that leaves 2 channels a group.
+
+    One channel a group would be instance norm, that returns 0 on a 1 × 1 map. A prime number of channels gets one
+    group.
+
+    Source: Wu & He 2018, table 3 (32 groups best, 2 channels a group 1.5 points worse than 16).
+    """
+    return max(g for g in range(1, most + 1) if channels % g == 0 and (channels // g >= 2 or g == 1))
