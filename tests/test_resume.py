@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from distnorm import ConfigError, checkpoint, decide
+from distnorm.launch.checkpoints import LastCheckpoint
 from tests import runs
 
 pytestmark = pytest.mark.unit
@@ -61,12 +64,14 @@ def test_a_better_continuation_replaces_the_best(tmp_path, first):
     assert json.loads((tmp_path / "on" / "result.json").read_text())["resumed_from"] == str(last(first))
 
 
-def test_the_middle_of_an_epoch_is_said(tmp_path, caplog):
+def test_the_middle_of_an_epoch_is_said(tmp_path, first, caplog):
     runs.in_pool(tmp_path / "first", 1, *EPOCHS, "trainer.max_steps=5", "norm=batch")
-    lines = runs.in_pool(
-        tmp_path / "on", 1, *EPOCHS, "trainer.max_steps=9", "norm=batch", f"ckpt_path={last(tmp_path / 'first')}"
-    )
-    assert lines[0]["checkpoint"].endswith("last.ckpt") or lines[0]["checkpoint"].endswith("best.ckpt")
+    callback = LastCheckpoint(runs.RunFolder(tmp_path / "on"))
+    trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), is_global_zero=True)
+    callback.on_load_checkpoint(trainer, None, torch.load(last(first), weights_only=True))
+    assert caplog.text == ""
+    callback.on_load_checkpoint(trainer, None, torch.load(last(tmp_path / "first"), weights_only=True))
+    assert "from the middle of an epoch, after its step 5: the rest is skipped" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["group", "group_ws"])
