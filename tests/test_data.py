@@ -15,6 +15,19 @@ from distnorm.errors import ConfigError
 pytestmark = pytest.mark.unit
 
 
+def placed(rank, world_size, device="cpu"):
+    """What a data module reads of a trainer."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
+
+
+def test_batches_for_a_gpu_are_pinned_and_others_are_not():
+    data = DigitsData(device_batch=16)
+    for device, pinned in (("cpu", False), ("cuda", True)):
+        data.trainer = placed(0, 1, device)
+        assert data.train_dataloader().pin_memory is pinned
+
+
 def split_images(data, loader):
     return torch.cat([inputs for inputs, _ in loader()]).numpy(), torch.cat(
         [targets for _, targets in loader()]
@@ -88,7 +101,7 @@ def test_loading_leaves_torch_own_random_numbers_alone():
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_rank_without_samples_gets_an_empty_batch(num_workers):
     data = DigitsData(device_batch=1, last_batch="keep", num_workers=num_workers)
-    data.trainer = SimpleNamespace(global_rank=1077, world_size=1079)
+    data.trainer = placed(1077, 1079)
     train = list(data.train_dataloader())
     assert [batch[0].shape for batch in train] == [(1, 1, 12, 12)]
     data.trainer.global_rank = 1078
@@ -103,7 +116,7 @@ def test_ranks_of_the_trainer_share_an_epoch():
     seen = []
     for rank in range(3):
         data = DigitsData(device_batch=5)
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=3)
+        data.trainer = placed(rank, 3)
         seen += data.val_dataloader()
     targets = torch.cat([targets for _, targets in seen])
     assert targets.tolist() == DigitsData(device_batch=5).samples("val").targets.tolist()
@@ -206,7 +219,7 @@ def test_an_unknown_split_is_refused():
 
 def test_a_batch_larger_than_the_data_is_refused():
     data = DigitsData(device_batch=512)
-    data.trainer = SimpleNamespace(global_rank=0, world_size=4)
+    data.trainer = placed(0, 4)
     assert message_of(data.train_dataloader) == (
         "1078 training samples do not fill one global batch of 2048 (device_batch=512 x 4 ranks). "
         "Lower data.device_batch or use data.last_batch=keep."
