@@ -134,7 +134,8 @@ def _divisors(number: int) -> list[int]:
 def _derive(case: _Case, *, exact: bool, sync_ranks: int | None, pretrained: bool) -> NormSpec:
     """Answer `auto`, first match first."""
     if sync_ranks is not None:
-        return _obey(case, "sync", sync_ranks, exact=exact)
+        spec = _obey(case, "sync", sync_ranks, exact=exact)
+        return dataclasses.replace(spec, reasons=spec.reasons[1:])  # the ranks were asked for, the kind was not
     if exact:
         return _reach_exactly(case)
     if case.device_batch >= case.least:

@@ -145,6 +145,10 @@ def test_a_spec_that_no_layer_could_be_is_refused(values, message):
         NormSpec(*values)
 
 
+def test_ranks_given_to_auto_are_the_reason_themselves():
+    assert decide(2, 4, sync_ranks=2).reasons == ("norm.sync_ranks=2: 2 × 2 = 4",)
+
+
 def test_what_is_asked_for_and_not_done_is_said():
     assert "norm.min_normalization_batch=64" in str(decide(16, 8, normalization_batch=64))
     assert "0.3 points" in str(decide(16, 8))

@@ -91,7 +91,7 @@ def finish(
         [
             *(
                 (name.removeprefix("test/"), f"{value:.4f}")
-                for name, value in metrics.items()
+                for name, value in sorted(metrics.items())
                 if name.startswith("test/")
             ),
             ("normalization", spec.in_words()),
