@@ -2,6 +2,8 @@
 
 import copy
 import io
+import multiprocessing
+import os
 import pickle
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import ConfigError, GhostBatchNorm, ShapeError, SyncBatchNorm, collectives
+from distnorm import ConfigError, GhostBatchNorm, GroupError, ShapeError, SyncBatchNorm, collectives
 from tests import ranks, reference
 
 pytestmark = pytest.mark.unit
@@ -303,17 +305,33 @@ def train_half(x):
     return layer(x[collectives.rank()]).detach(), layer.running_var
 
 
-def dies_in_forward():
+def waits_for_a_dead_rank(rank, store, messages):
+    collectives.start_ranks(rank=rank, world_size=2, store_path=store, timeout_s=30)
     layer = SyncBatchNorm(3)
     layer.layer_name = "layer2.bn"
-    if collectives.rank() == 1:
-        raise SystemExit("gone")
     layer(torch.randn(4, 3))
+    if rank == 1:
+        os._exit(1)
+    try:
+        layer(torch.randn(4, 3))
+    except GroupError as error:
+        messages.send(str(error))
 
 
-def test_a_rank_that_is_gone_is_named_with_its_layer():
-    with pytest.raises(ranks.RankError, match=r"gone|layer2\.bn"):
-        ranks.run(dies_in_forward, world=2)
+def test_a_rank_that_is_gone_is_reported_with_layer_and_ranks(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    store = str(tmp_path / "store")
+    processes = [context.Process(target=waits_for_a_dead_rank, args=(rank, store, theirs)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    assert ours.poll(60), "rank 0 still waits"
+    message = ours.recv()
+    for process in processes:
+        process.join(10)
+        process.kill()
+    assert "rank 0 waited in layer2.bn forward for ranks 0, 1; one of them failed or never came" in message
+    assert "Does every rank run the same model" in message
 
 
 def test_a_ghost_normalizes_alone_and_the_running_statistics_are_pooled():
