@@ -19,6 +19,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 )  # its older name
 _groups: dict[tuple[int, ...], Any] = {}
 _groups_of: Any = None
+_control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
 
 
 def is_running() -> bool:
@@ -113,6 +114,39 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     except RuntimeError as error:
         _raise_named(error, ranks, what)
     return rows_RK.view(len(ranks), -1)
+
+
+def agree(value: Any, what: str) -> list[Any]:
+    """Tell every rank something, and hear it from every rank, beside the training collectives.
+
+    Args:
+        value: anything that pickles; small.
+        what: names the exchange in an error.
+
+    Returns:
+        One value a rank, in rank order, equal on all ranks.
+
+    Collective: 2 gathers over the gloo side group of all ranks; the first call makes that group. Blocks the host.
+
+    Raises:
+        GroupError: a rank did not take part in time, or died.
+    """
+    if world_size() == 1:
+        return [value]
+    answers: list[Any] = [None] * world_size()
+    try:
+        dist.all_gather_object(answers, value, group=_control_group())
+    except RuntimeError as error:
+        _raise_named(error, range(world_size()), what)
+    return answers
+
+
+def _control_group() -> Any:
+    """Give the gloo group of all ranks that control messages take, whatever backend trains."""
+    global _control  # noqa: PLW0603
+    if _control[0] is not dist.group.WORLD:
+        _control = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=_world_timeout()))
+    return _control[1]
 
 
 class PendingSum:
