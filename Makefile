@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help train test unit check format clean
+.PHONY: help train test unit bench check format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +16,9 @@ test: .venv/.installed-dev  ## run all tests; ARGS="..." go to pytest
 
 unit: .venv/.installed-dev  ## run the quick tests
 	$(BIN)/python -m pytest -m unit $(ARGS)
+
+bench: .venv/.installed  ## time the synchronized layer against its limit; ARGS="..." go to it, e.g. --quick
+	$(BIN)/python -m bench.sync_batchnorm $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format check, types, shell scripts
 	$(BIN)/ruff check .

@@ -1,0 +1,96 @@
+"""Time the synchronized batch norm against its limit and against the widespread way, on ranks of this machine.
+
+    python -m bench.sync_batchnorm --ranks 2 --rows channels_last
+
+Side by side in one gloo group, one thread a rank, forward and backward in float32: torch's local layer, the same with
+the two bare exchanges (the limit), ours, and the naive way. On CUDA also torch's synchronized function against ours.
+"""
+
+import argparse
+import pickle
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+from bench import cuda, report
+from bench.rows import Row, all_rows
+from bench.timing import Measurement, measure
+from distnorm import collectives
+
+RESULTS = Path(__file__).parent / "results" / "sync_batchnorm.json"
+GROUP_TIMEOUT_S = 120
+NETWORK_SHARE = 2  # a network's step averages over its layers already: it needs fewer repetitions
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark from the command line."""
+    options = _parser().parse_args(arguments)
+    names = [row.name for row in _chosen(options.rows)]
+    if not names:
+        raise SystemExit(f"--rows {options.rows!r} is in no row's name. Rows: {', '.join(r.name for r in all_rows())}.")
+    repetitions, warmup = (3, 1) if options.quick else (options.repetitions, 5)
+    found, on_cuda = _run_everywhere(options.ranks, options.rows, repetitions, warmup)
+    print(report.table(found))
+    report.write(options.json, found, on_cuda, options.ranks)
+    print(f"written to {options.json}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.sync_batchnorm", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks on this machine (2)")
+    parser.add_argument("--repetitions", type=int, default=60, help="samples of every variant (60)")
+    parser.add_argument("--rows", default="", metavar="FILTER", help="only rows with this in their name")
+    parser.add_argument("--quick", action="store_true", help="three repetitions: to see that it runs, not to measure")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="where the results go")
+    return parser
+
+
+def _chosen(pattern: str) -> list[Row]:
+    return [row for row in all_rows() if pattern in row.name]
+
+
+def _run_everywhere(
+    world: int, pattern: str, repetitions: int, warmup: int
+) -> tuple[list[Measurement], list[dict[str, Any]]]:
+    """Start the ranks, and the CUDA process after them; each leaves what it found in a folder."""
+    with tempfile.TemporaryDirectory(prefix="distnorm-bench-") as name:
+        folder = Path(name)
+        multiprocessing.spawn(_run_rank, (world, folder, pattern, repetitions, warmup), nprocs=world)
+        found: list[Measurement] = _take(folder / "rows")
+        if not torch.cuda.is_available():
+            return found, []
+        multiprocessing.spawn(_run_cuda, (folder, pattern, repetitions), nprocs=1)
+        return found, _take(folder / "cuda")
+
+
+def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: int, warmup: int) -> None:
+    torch.set_num_threads(1)
+    collectives.start_ranks(rank=rank, world_size=world, store_path=str(folder / "store"), timeout_s=GROUP_TIMEOUT_S)
+    rows, found = _chosen(pattern), []
+    for number, row in enumerate(rows, 1):
+        started_s = time.perf_counter()
+        share = 1 if row.kind == "layer" else NETWORK_SHARE
+        found.append(measure(row, max(3, repetitions // share), warmup))
+        took_s = time.perf_counter() - started_s
+        ratios = ", ".join(f"{key.replace('_', ' ')} {r.median:.2f}" for key, r in found[-1].ratios.items())
+        if rank == 0:
+            print(f"[{number}/{len(rows)}] {row.name}: {ratios}  ({took_s:.1f} s)", flush=True)
+    if rank == 0:
+        (folder / "rows").write_bytes(pickle.dumps(found))
+
+
+def _run_cuda(_: int, folder: Path, pattern: str, repetitions: int) -> None:
+    (folder / "cuda").write_bytes(pickle.dumps(cuda.run(folder, repetitions, pattern)))
+
+
+def _take(path: Path) -> Any:
+    return pickle.loads(path.read_bytes())
+
+
+if __name__ == "__main__":
+    main()
