@@ -19,6 +19,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 )  # its older name
 _groups: dict[tuple[int, ...], Any] = {}
 _groups_of: Any = None
+_members: dict[tuple[int | None, tuple[int, ...] | None], tuple[int, ...]] = {}
 _control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
 
 
@@ -53,9 +54,19 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
     Raises:
         ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order.
     """
+    if not is_running():
+        _check_sync_ranks(sync_ranks)
+        return (0,)
+    _forget_other_worlds()
+    asked = (sync_ranks, group_ranks)
+    if asked not in _members:
+        _members[asked] = _find_members(sync_ranks, group_ranks)
+    return _members[asked]
+
+
+def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -> tuple[int, ...]:
     me, world = rank(), world_size()
-    if sync_ranks is not None and sync_ranks < 1:
-        raise ConfigError(f"sync_ranks={sync_ranks} must be at least 1. Give a number of ranks, or None for all.")
+    _check_sync_ranks(sync_ranks)
     if world == 1:
         return (0,)
     if group_ranks is not None:
@@ -64,7 +75,8 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
                 f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
                 f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
             )
-        _make_groups((group_ranks,))
+        if group_ranks not in _groups and group_ranks != (me,):
+            _make_groups((group_ranks,))
         return group_ranks if me in group_ranks else (me,)
     size = world if sync_ranks is None else sync_ranks
     if world % size:
@@ -75,12 +87,41 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
     return tuple(range(me - me % size, me - me % size + size))
 
 
-def _make_groups(partition: tuple[tuple[int, ...], ...]) -> None:
-    """Make the process groups of a partition, on all ranks in the same order, with the timeout of the world."""
+def _check_sync_ranks(sync_ranks: int | None) -> None:
+    if sync_ranks is not None and sync_ranks < 1:
+        raise ConfigError(f"sync_ranks={sync_ranks} must be at least 1. Give a number of ranks, or None for all.")
+
+
+def adopt(process_group: Any) -> tuple[int, ...]:
+    """Take over a process group that the user has made, under the ranks it holds.
+
+    Returns:
+        Its ranks, for `group_ranks`; this rank alone, where it is not one of them.
+
+    Collective: none.
+    """
+    _forget_other_worlds()
+    if process_group is dist.group.WORLD:
+        return tuple(range(world_size()))
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return (rank(),)
+    ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
+    if rank() not in ranks:
+        return (rank(),)
+    _groups.setdefault(ranks, process_group)
+    return ranks
+
+
+def _forget_other_worlds() -> None:
     global _groups_of  # noqa: PLW0603
     if _groups_of is not dist.group.WORLD:
         _groups.clear()
+        _members.clear()
         _groups_of = dist.group.WORLD
+
+
+def _make_groups(partition: tuple[tuple[int, ...], ...]) -> None:
+    """Make the process groups of a partition, on all ranks in the same order, with the timeout of the world."""
     for ranks in partition:
         if 1 < len(ranks) < dist.get_world_size() and ranks not in _groups:
             _groups[ranks] = dist.new_group(list(ranks), timeout=_world_timeout())

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.errors import ConfigError
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.ghost import GhostBatchNorm
+from distnorm.norms.surgery import become, find_norms
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
 from distnorm.spec import NormSpec, group_count
 
-_SOURCES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm)
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -105,7 +104,7 @@ def convert(model: nn.Module, spec: NormSpec) -> Conversion:
         >>> conversion.revert()[1]
         BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    norms = _find_norms(model)
+    norms = find_norms(model)
     changes: list[tuple[str, nn.Module, Callable[[nn.Module, NormSpec], str]]] = []
     if spec.kind == "group_ws":
         changes += [(name, conv, _to_standardized) for name, conv in _convolutions_before(model, norms)]
@@ -136,38 +135,6 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def _find_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """Collect what is to be converted, or refuse the model."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ConfigError(
-            f"convert() got a {type(model).__name__} model. Convert before wrapping, or pass model.module.",
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ConfigError(
-            "convert() got a scripted model, whose layers are fixed. Convert the module it was made from."
-        )
-    norms: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if type(module) in _SOURCES:
-            norms[name or "(the model)"] = module
-        elif isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _BatchNorm):
-            raise ConfigError(
-                f"layer {name!r} is a {type(module).__name__}, that does not know its channels yet.\n"
-                "Run one batch through the model first, then convert.",
-            )
-        elif isinstance(module, _BatchNorm):
-            raise ConfigError(
-                f"layer {name!r} is a {type(module).__name__}, a batch norm with a forward of its own, that convert() "
-                "would drop.\nReplace it with nn.BatchNorm1d/2d/3d and what it does besides.",
-            )
-    if not norms:
-        raise ConfigError(
-            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
-            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
-        )
-    return norms
-
-
 def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """Find the convolutions whose output a norm takes: registered right before one, with as many channels.
 
@@ -192,19 +159,19 @@ def _channels(module: nn.Module) -> int:
 def _to_batch(norm: nn.Module, spec: NormSpec) -> str:
     if type(norm) in (nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm):
         # Which dimension the layer had is not known any more: a group of one rank is local batch norm of any dimension.
-        _become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
+        become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
     _set_momentum(norm, spec)
     return spec.in_words()
 
 
 def _to_sync(norm: nn.Module, spec: NormSpec) -> str:
-    _become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None)
+    become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None)
     _set_momentum(norm, spec)
     return spec.in_words()
 
 
 def _to_ghost(norm: nn.Module, spec: NormSpec) -> str:
-    _become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch)
+    become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch)
     _set_momentum(norm, spec)
     return spec.in_words()
 
@@ -216,12 +183,12 @@ def _to_group(norm: nn.Module, spec: NormSpec) -> str:
         norm.__dict__.pop(attribute, None)
     for buffer in _BUFFERS:
         norm._buffers.pop(buffer, None)  # noqa: SLF001
-    _become(norm, nn.GroupNorm, num_groups=groups, num_channels=channels)
+    become(norm, nn.GroupNorm, num_groups=groups, num_channels=channels)
     return f"{groups} group{'s' if groups > 1 else ''} of {channels // groups} channels"
 
 
 def _to_standardized(conv: nn.Module, _: NormSpec) -> str:
-    _become(conv, STANDARDIZED[type(conv)])
+    become(conv, STANDARDIZED[type(conv)])
     return "its norm takes the weights' scale out"
 
 
@@ -232,14 +199,6 @@ _CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
     "group": _to_group,
     "group_ws": _to_group,
 }
-
-
-def _become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
-    module.__class__ = cls
-    module.__dict__.pop(
-        "process_group", None
-    )  # torch's synchronized layer holds one, that nothing could copy or pickle
-    module.__dict__.update(attributes)
 
 
 def _set_momentum(norm: nn.Module, spec: NormSpec) -> None:

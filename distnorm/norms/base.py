@@ -11,7 +11,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ShapeError
-from distnorm.moments import Moments
+from distnorm.norms.recomputation import Pass, Passes, inside_backward
+
+_OF_ONE_STEP = ("rank_moments", "_passes")
 
 
 class AbstractBatchStatisticsNorm(_BatchNorm):
@@ -21,11 +23,14 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
     `state_dict` keys, so that checkpoints load before and after a conversion. Every attribute has a class-level
     default: `convert` swaps the class of a living layer and never runs `__init__`.
 
+    The running statistics move once a training forward: not again when activation checkpointing repeats it.
+
     Attributes:
         layer_name: how the model calls this layer; errors carry it.
     """
 
     layer_name: str = ""
+    _passes: Passes | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize with batch statistics in training, with running statistics in evaluation.
@@ -35,12 +40,15 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         self._check_input_dim(input)
         if self.training or self.running_mean is None:
             return self._normalize_with_batch(input)
-        return functional.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
+        return self._normalize_with_running(input)
 
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _normalize_with_running(self, x: Tensor) -> Tensor:
+        return functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         if input.dim() < 2 or input.shape[1] != self.num_features:
@@ -54,22 +62,57 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         """Name the layer in a message: its place in the model, or its class where it has none."""
         return self.layer_name or f"{type(self).__name__}({self.num_features})"
 
-    @torch.no_grad()
-    def _take_batch(self, moments: Moments) -> None:
-        """Move the running statistics towards a batch; one without values leaves them where they are."""
+    def _repeated(self, own: Tensor | None = None) -> Pass | None:
+        """Find the pass that this forward repeats, if activation checkpointing runs it again."""
+        if torch.compiler.is_compiling() or self._passes is None or not inside_backward():
+            return None
+        return self._passes.repeated_by(own)
+
+    def _keep(self, passed: Pass) -> None:
+        if self._passes is None:
+            self._passes = Passes()
+        self._passes.keep(passed)
+
+    def _keep_with(self, y: Tensor) -> None:
+        """Remember a pass that only has to be known again, as long as the graph of its output lives."""
+        if torch.compiler.is_compiling():
+            return
+        passed = Pass(None, None)
+        if y.grad_fn is not None:
+            y.grad_fn.metadata["distnorm"] = passed  # type: ignore[index]  # a property, that torch declares a method
+        self._keep(passed)
+
+    def _take_batch(self, mean_C: Tensor, var_C: Tensor, count: Tensor | float) -> None:
+        """Move the running statistics towards a batch; one without values leaves them where they are.
+
+        Called without gradients. A count on an accelerator is not read back: the decision is a factor.
+
+        Args:
+            mean_C: of the batch.
+            var_C: of the batch, biased; the running variance takes the unbiased one.
+            count: values a channel.
+        """
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return
-        has_values = moments.count > 0
-        factor = has_values.to(self.running_mean.dtype)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked += has_values
-        if self.momentum is not None:
-            factor = factor * self.momentum
-        elif self.num_batches_tracked is not None:
-            factor = factor / self.num_batches_tracked.clamp(min=1)
-        self.running_mean += factor * (moments.mean - self.running_mean)
-        self.running_var += factor * (moments.unbiased_var - self.running_var)
+        factor: Tensor | float
+        if isinstance(count, Tensor):
+            factor = (count > 0).to(self.running_mean.dtype)
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(count > 0)
+            if self.momentum is not None:
+                factor = factor * self.momentum
+            elif self.num_batches_tracked is not None:
+                factor = factor / self.num_batches_tracked.clamp(min=1)
+            unbiased_C = var_C * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
+            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), factor)
+        elif count:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            factor = 1.0 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
+            self.running_var.mul_(1 - factor).add_(var_C, alpha=factor * count / max(count - 1, 1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step."""
-        return {key: value for key, value in self.__dict__.items() if key != "rank_moments"}
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_ONE_STEP}

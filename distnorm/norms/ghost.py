@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.surgery import SOURCES
 
 
 class GhostBatchNorm(AbstractBatchStatisticsNorm):
@@ -71,11 +72,21 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
         y = torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
         if self.training:
-            self._take_batch(Moments.of(x.detach()))
+            if self._repeated() is None:
+                self._take_whole_batch(x.detach())
+            self._keep_with(y)
         return y
+
+    @torch.no_grad()
+    def _take_whole_batch(self, x: Tensor) -> None:
+        moments = Moments.of(x)
+        self._take_batch(moments.mean, moments.var, moments.count)
 
     def _normalize_ghost(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # torch refuses an empty batch; DDP needs `weight` and `bias` in the graph all the same
             zeros, ones = x.new_zeros(self.num_features), x.new_ones(self.num_features)
             return functional.batch_norm(x, zeros, ones, self.weight, self.bias, training=False, eps=self.eps)
         return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+
+SOURCES.add(GhostBatchNorm)

@@ -6,14 +6,17 @@ Legend: N samples, C channels, R ranks, K = 2C + 1 packed moments.
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
 from distnorm.errors import ShapeError
-from distnorm.moments import Moments, statistics_dtype
+from distnorm.norms import exchange, kernels
 from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.pooling import Pooled, pool
+from distnorm.norms.recomputation import Pass
+from distnorm.norms.surgery import SOURCES, become, find_norms
+from distnorm.norms.synchronized import normalize
 
 
 class SyncBatchNorm(AbstractBatchStatisticsNorm):
@@ -22,7 +25,10 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
     Statistics are pooled over N, every position, and `sync_ranks` ranks. In eval mode the running statistics are used.
-    Works on CPU (gloo) and CUDA (nccl); without a process group, or alone in its group, it is `nn.BatchNorm`.
+    Works on CPU (gloo) and CUDA (nccl); without a process group, or alone in its group, it is `nn.BatchNorm`. Takes the
+    arguments of `torch.nn.SyncBatchNorm`, and has its `convert_sync_batchnorm`.
+
+    Gradient accumulation makes bigger steps, not bigger normalization batches: each forward has statistics of its own.
 
     Args:
         num_features: C, channels of the input.
@@ -30,19 +36,25 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         momentum: weight of the new batch in the running statistics; `None` averages all batches equally.
         affine: learn `weight` and `bias`, one each a channel.
         track_running_stats: keep running statistics; without them evaluation uses the batch's own, unsynchronized.
+        process_group: the ranks that pool together, as torch's layer takes them; its ranks are kept, not the group.
+            A rank outside it normalizes alone.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
+        bias: `False`: learn `weight` only.
         sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all. Must divide the world
             size.
         group_ranks: an arbitrary subset of ranks instead of blocks; the ranks outside it normalize alone.
-        device: where parameters and buffers live.
-        dtype: of parameters and buffers.
 
     Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some. output: the same.
 
-    Collective: train: 1 gather of 2C + 1 floats forward, 1 sum of 2C floats backward, over the group. eval: none.
-        Every rank of the group must reach this layer in every training step, and run backward through it.
+    Collective: train: 1 gather of 2C + 1 floats forward (with more than 16 ranks in a group: 1 sum of 2C + 1 doubles),
+        1 sum of 2C floats backward, over the group; nothing when activation checkpointing repeats a forward; 2 sums of
+        2C more where the gradient is itself differentiated. eval: none. Every rank of the group must reach this layer
+        in every training step, and run backward through it.
 
     Raises:
-        ShapeError: dimension 1 is not `num_features`; or the whole group has one value a channel (on every rank alike).
+        ShapeError: dimension 1 is not `num_features`; the mask does not fit; or the whole group has one value a channel
+            (on every rank alike).
         GroupError: a rank of the group failed, or did not come within the process group's timeout.
 
     Example:
@@ -58,7 +70,8 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
     sync_ranks: int | None = None
     group_ranks: tuple[int, ...] | None = None
     rank_moments: Tensor | None = None
-    """[R, K] moments of each rank of the group in the last training forward, for the drift monitor; `None` if alone."""
+    """[R, K] moments of each rank of the group in the last training forward, for the drift monitor; `None` if alone,
+    or if the group is so large that its ranks were summed."""
 
     def __init__(
         self,
@@ -67,102 +80,142 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        *,
-        sync_ranks: int | None = None,
-        group_ranks: tuple[int, ...] | None = None,
+        process_group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        sync_ranks: int | None = None,
+        group_ranks: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.sync_ranks, self.group_ranks = sync_ranks, group_ranks
+        if process_group is not None:
+            self.group_ranks = collectives.adopt(process_group)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Make every batch norm of a model a synchronized one, as torch's method of this name does, but in place.
+
+        The same module objects get another class: aliases, hooks, parameters and an optimizer built before stay valid.
+        `distnorm.convert` does the same with a decision, a table of what changed, and a way back.
+
+        Args:
+            module: any module that holds `nn.BatchNorm1d/2d/3d`, or is one.
+            process_group: the ranks that pool together; `None` means all.
+
+        Returns:
+            The module.
+
+        Raises:
+            ConfigError: the model is wrapped in DDP, scripted, or has a lazy norm or a subclass with its own forward.
+        """
+        group_ranks = None if process_group is None else collectives.adopt(process_group)
+        for name, norm in find_norms(module).items():
+            become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name=name)
+        return module
 
     def members(self) -> tuple[int, ...]:
         """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""
         if not self.training:
             return (collectives.rank(),)
-        return collectives.members(self.sync_ranks, self.group_ranks)
+        return exchange.members(self.sync_ranks, self.group_ranks)
 
     def extra_repr(self) -> str:
         """Show the group beside what torch shows."""
         group = f"group_ranks={self.group_ranks}" if self.group_ranks else f"sync_ranks={self.sync_ranks or 'all'}"
         return f"{super().extra_repr()}, {group}"  # type: ignore[no-untyped-call]
 
-    def _normalize_with_batch(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002
+        """Normalize with the group's statistics in training, with running statistics in evaluation.
+
+        Args:
+            input: the activation.
+            mask: `True` where a value counts; all do, if `None`. Masked values have no part in any statistic, whatever
+                they are, come out as 0, and have gradient 0. The other values come out as without the padding.
+
+        Shape: input [N, C, *] floating; mask boolean [N, *], or its first dimensions, e.g. [N, T] for input
+            [N, C, T, H]; output like input.
+        """
+        self._check_input_dim(input)
+        if mask is not None:
+            mask = self._fit(mask, input)
+            input = input.masked_fill(~mask.unsqueeze(1), 0)  # noqa: A001
+        if self.training or self.running_mean is None:
+            y = self._normalize_with_batch(input, mask)
+        else:
+            y = self._normalize_with_running(input)
+        return y if mask is None else y.masked_fill(~mask.unsqueeze(1), 0)
+
+    def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         ranks = self.members()
-        self.rank_moments = None
-        if len(ranks) == 1 and x.numel() > self.num_features:
+        alone = len(ranks) == 1 and mask is None and self.momentum is not None and x.numel() > self.num_features
+        if alone and (x.is_cuda or torch.compiler.is_compiling()):  # on the CPU ours is faster, and errs less
             return self._normalize_alone(x)
-        name = self.name_in_words()
-        y, rows_RK = _Synchronized.apply(x, self.weight, self.bias, self.eps, ranks, name)  # type: ignore[no-untyped-call]
-        if self.training:
-            self._take_batch(Moments.unpack(rows_RK).merged())
-            self.rank_moments = rows_RK if len(ranks) > 1 else None
-        return y  # type: ignore[no-any-return]
+        return self._normalize_with_ranks(ranks, x, mask)
 
     def _normalize_alone(self, x: Tensor) -> Tensor:
-        """Use torch's native kernel, that keeps the running statistics itself."""
-        tracks = self.training and self.track_running_stats
-        factor = 0.0 if self.momentum is None else self.momentum
+        """Use torch's kernel, that keeps the running statistics itself."""
+        self.rank_moments = None
+        tracks = self.training and self.track_running_stats and self._repeated() is None
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                factor = 1.0 / float(self.num_batches_tracked)
         mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
-        return functional.batch_norm(x, mean, var, self.weight, self.bias, True, factor, self.eps)
+        y = functional.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+        self._keep_with(y)
+        return y
 
+    def _normalize_with_ranks(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = kernels.dense(x)
+        with torch.no_grad():
+            own_K, scratch = kernels.measure(x, mask)
+            passed = self._repeated(own_K)
+            pooled = passed.pooled if passed is not None else self._pool(own_K, ranks, x, mask)
+            assert pooled is not None
+            if passed is None and not torch.compiler.is_compiling():
+                passed = Pass(own_K, pooled)
+        if passed is not None:
+            self._keep(passed)
+        return normalize(x, self.weight, self.bias, pooled, self.eps, ranks, self.name_in_words(), scratch, passed)
 
-class _Synchronized(torch.autograd.Function):
-    """The pooled normalization and its gradient.
+    def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pooled:
+        """Pool the moments of the group, and move the running statistics."""
+        pooled, rows_RK = pool(own_K, ranks, f"{self.name_in_words()} forward")
+        self._check_count(pooled.count, own_K, ranks, x, mask)
+        if self.training:
+            self._take_batch(pooled.mean, pooled.var, pooled.count)
+            self.rank_moments = rows_RK if len(ranks) > 1 else None
+        return pooled
 
-    Backward, with xhat = (x - mean) · invstd and sums over the pooled batch of n values a channel:
-        dx = weight · invstd · (dy - sum(dy) / n - xhat · sum(dy · xhat) / n)
-    `weight` and `bias` get this rank's own sums: DDP adds the ranks up. Saved for backward: the input and O(C).
-    """
+    def _check_count(
+        self, count: Tensor | float, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None
+    ) -> None:
+        """Refuse a group with one value a channel, on every rank alike.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, ranks: tuple[int, ...], name: str
-    ) -> tuple[Tensor, Tensor]:
-        own = Moments.of(x)
-        rows_RK = collectives.gather(own.pack(), ranks, f"{name} forward")
-        pooled = Moments.unpack(rows_RK).merged()
-        # Only a rank with at most one value a channel can be in a group with at most one: the others need not look.
-        if x.numel() <= x.shape[1] and 0 < float(pooled.count) <= 1:
+        Only a rank with at most one value can be in such a group: the others need not read the count.
+        """
+        if torch.compiler.is_compiling() or (x.numel() > x.shape[1] and (mask is None or own_K[-1] > 1)):
+            return
+        if 0 < float(count) <= 1:
             raise ShapeError(
-                f"{name} has 1 value a channel over its whole group of {len(ranks)} ranks; a variance needs 2.\n"
+                f"{self.name_in_words()} has 1 value a channel over its whole group of {len(ranks)} ranks; "
+                "a variance needs 2.\n"
                 "Give the group more samples (data.device_batch, norm.sync_ranks), or use norm=group.",
             )
-        invstd_C = torch.rsqrt(pooled.var + eps)
-        scale_C = invstd_C if weight is None else invstd_C * weight
-        y = (x - _wide(pooled.mean, x)) * _wide(scale_C, x)
-        if bias is not None:
-            y = y + _wide(bias, x)
-        ctx.save_for_backward(x, weight, pooled.mean, invstd_C, pooled.count)
-        ctx.has_bias, ctx.ranks, ctx.name = bias is not None, ranks, name
-        ctx.mark_non_differentiable(rows_RK)
-        return y.to(x.dtype), rows_RK
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean_C, invstd_C, count = ctx.saved_tensors
-        over = [d for d in range(x.dim()) if d != 1]
-        centred, dy = x - _wide(mean_C, x), dy.to(statistics_dtype(x.dtype))
-        own_2C = torch.cat((dy.sum(over), (dy * centred).sum(over) * invstd_C))
-        # The sum runs on every rank, needed there or not: ranks that disagree about it would hang.
-        pending = collectives.start_sum(own_2C.clone(), ctx.ranks, f"{ctx.name} backward")
-        sum_dy_C, sum_dy_xhat_C = own_2C.chunk(2)
-        dweight = sum_dy_xhat_C.to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = sum_dy_C if ctx.has_bias and ctx.needs_input_grad[2] else None
-        mean_dy_C, mean_dy_xhat_C = (pending.wait() / count.clamp(min=1)).chunk(2)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            scale_C = invstd_C if weight is None else invstd_C * weight
-            dx = (dy - _wide(mean_dy_C, x) - centred * _wide(invstd_C * mean_dy_xhat_C, x)) * _wide(scale_C, x)
-            dx = dx.to(x.dtype)
-        return dx, dweight, dbias, None, None, None
+    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Bring a mask to [N, *]."""
+        if mask.dtype == torch.bool and mask.dim() < x.dim():
+            full = mask.reshape(*mask.shape, *[1] * (x.dim() - 1 - mask.dim()))
+            shape = (x.shape[0], *x.shape[2:])
+            if all(a in (1, b) for a, b in zip(full.shape, shape, strict=True)):
+                return full.expand(shape)
+        raise ShapeError(
+            f"{self.name_in_words()} got a mask of {mask.dtype} {tuple(mask.shape)} for an input of {tuple(x.shape)}; "
+            "it must be boolean [N, *], without the channels.\nGive it mask[:, 0].bool() of a mask with channels.",
+        )
 
 
-def _wide(values_C: Tensor, x: Tensor) -> Tensor:
-    """Shape [C] so that it broadcasts over [N, C, *]."""
-    return values_C.view(-1, *[1] * (x.dim() - 2))
+SOURCES.add(SyncBatchNorm)

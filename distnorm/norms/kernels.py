@@ -1,0 +1,210 @@
+"""The passes that a batch norm makes over an activation: measure, normalize, and their gradient.
+
+Each is a few fused calls of torch's own. Statistics are float32 or better whatever the activation is. On the CPU the
+measuring pass centres the batch in a buffer that then takes the output, so that nothing of the input's size is made
+besides the output. A small activation costs what its small operations cost: there are few.
+
+Legend: N samples, C channels, * positions, K = 2C + 1 packed moments.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from distnorm.moments import Moments, statistics_dtype
+
+_MOST_ADDED_IN_A_ROW = 2048
+"""torch's native CPU passes add up the positions of a plane, or channels-last all values, one after the other in
+float32. 2048 cost a rectified activation's variance less than 1e-5 of itself; 25,000 cost 1e-4, a million 1e-3."""
+
+Scratch = tuple[Tensor, Tensor | None]
+"""A buffer like the input, free to be written; and the pivot [C], if the buffer still holds input - pivot."""
+
+
+def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """Lay a tensor out without gaps, channels innermost where it (or `like`) has them so.
+
+    Shape: x [N, C, *]; result the same.
+    """
+    like = x if like is None else like
+    chosen = {4: torch.channels_last, 5: torch.channels_last_3d}.get(like.dim())
+    if chosen is None or like.is_contiguous() or not like.is_contiguous(memory_format=chosen):
+        return x.contiguous()
+    return x.contiguous(memory_format=chosen)
+
+
+def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | None]:
+    """Measure an activation per channel.
+
+    Deviations are summed about a mean that is right to rounding, and the mean is then corrected by their sum: exact to
+    float32's digits at any offset, where a plain sum of squares, or the native kernel for channels-last, is not.
+
+    Args:
+        x: dense (see `dense`); may be empty.
+        mask: which samples and positions count; all, if `None`.
+
+    Shape: x [N, C, *], mask [N, *]; moments [K] of the statistics' dtype.
+
+    Returns:
+        The packed moments (`Moments.pack`), and a buffer that `normalize` may use.
+    """
+    count, dtype = x.numel() // x.shape[1], statistics_dtype(x.dtype)
+    if mask is not None or count == 0 or torch.compiler.is_compiling():
+        return Moments.of(x, mask).pack(), None
+    share = 1 / count
+    if x.is_cuda:
+        mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
+        return torch.cat((mean_C, var_C * count, _constant(float(count), 1, dtype, x.device))), None
+    over = all_but_channels(x)
+    wide_x = x if x.dtype == dtype else x.to(dtype)
+    pivot_C = wide_x.sum(over).mul_(share)
+    centred = wide_x - wide(pivot_C, x)
+    planes = planes_are_contiguous(x)
+    added_in_a_row = x[0, 0].numel() if planes else count
+    kept = added_in_a_row <= _MOST_ADDED_IN_A_ROW
+    if kept and not planes:
+        off_C, var_C = torch.batch_norm_update_stats(centred, None, None, 0.0)
+        mean_C, m2_C = pivot_C + off_C, var_C.mul_(count)
+    else:
+        if kept:
+            zeros_C = _constant(0.0, len(pivot_C), dtype, x.device)
+            off_C, squares_C = _sums(centred, centred, zeros_C, _constant(1.0, len(pivot_C), dtype, x.device))
+        else:
+            off_C, squares_C = centred.sum(over), centred.mul_(centred).sum(over)
+        mean_C = torch.add(pivot_C, off_C, alpha=share)
+        m2_C = torch.addcmul(squares_C, off_C, off_C, value=-share)
+    packed = torch.cat((mean_C, m2_C, _constant(float(count), 1, dtype, x.device)))
+    return packed, (centred, pivot_C if kept else None) if wide_x is x else None
+
+
+def normalize(
+    x: Tensor,
+    mean_C: Tensor,
+    invstd_C: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scratch: Scratch | None,
+) -> Tensor:
+    """Compute (x - mean) · invstd · weight + bias.
+
+    Args:
+        x: dense.
+        mean_C: of the pooled batch, float64.
+        invstd_C: 1 / sqrt(var + eps) of the pooled batch, of the statistics' dtype.
+        weight: a factor a channel, or `None`.
+        bias: a summand a channel, or `None`.
+        scratch: what `measure` left; the result takes its place.
+
+    Shape: x [N, C, *]; result the same, of x's dtype and layout.
+    """
+    dtype = invstd_C.dtype
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
+        return torch.batch_norm_elemt(x, weight, bias, mean_C.to(dtype), invstd_C, 0.0)
+    scale_C = invstd_C if weight is None else invstd_C * weight
+    source, from_C = x, mean_C
+    if scratch is not None and scratch[1] is not None:
+        source, from_C = scratch[0], mean_C - scratch[1]
+    shift_C = (from_C * scale_C).neg_().to(dtype)
+    if bias is not None:
+        shift_C = shift_C + bias
+    return _affine(source, scale_C, shift_C, None if scratch is None else scratch[0])
+
+
+def gradient_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum dy, and dy · (x - mean) · invstd, over samples and positions.
+
+    Shape: dy, x [N, C, *], dense and alike; mean, invstd and the two sums [C] of the statistics' dtype.
+    """
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        over, wide_dy = all_but_channels(x), dy.to(mean_C.dtype)
+        return wide_dy.sum(over), (wide_dy * (x - wide(mean_C, x))).sum(over) * invstd_C
+    if x.is_cuda:
+        _, _, dy_xhat_C, dy_C = torch.batch_norm_backward_reduce(dy, x, mean_C, invstd_C, None, False, True, True)
+        return dy_C, dy_xhat_C
+    return _sums(dy, x, mean_C, invstd_C)
+
+
+def input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean_C: Tensor,
+    invstd_C: Tensor,
+    sums_2C: Tensor,
+    count: Tensor | float,
+) -> Tensor:
+    """Compute weight · invstd · (dy - sum(dy) / count - xhat · sum(dy · xhat) / count), xhat = (x - mean) · invstd.
+
+    Args:
+        dy: gradient of the output.
+        x: input.
+        weight: a factor a channel, or `None`.
+        mean_C: of the pooled batch.
+        invstd_C: 1 / sqrt(var + eps) of the pooled batch.
+        sums_2C: what `gradient_sums` gave, summed over the ranks; is overwritten.
+        count: values a channel of the pooled batch.
+
+    Shape: dy, x [N, C, *], dense and alike; mean, invstd [C] of the statistics' dtype; result like x.
+    """
+    dtype = mean_C.dtype
+    weight = None if weight is None else weight.to(dtype)
+    if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
+        dy_C, dy_xhat_C = sums_2C.chunk(2)
+        total = torch.as_tensor(count, dtype=torch.int32, device=x.device).view(1)
+        return torch.batch_norm_backward_elemt(dy, x, mean_C, invstd_C, weight, dy_C, dy_xhat_C / invstd_C, total)
+    sums_2C = sums_2C / count.to(dtype).clamp(min=1) if isinstance(count, Tensor) else sums_2C.div_(max(count, 1.0))
+    mean_dy_C, mean_dy_xhat_C = sums_2C.chunk(2)
+    on_dy_C = invstd_C if weight is None else invstd_C * weight
+    off_x_C = (mean_dy_xhat_C * invstd_C).mul_(on_dy_C)
+    alone_C = torch.addcmul(off_x_C * mean_C, on_dy_C, mean_dy_C, value=-1)
+    if x.dtype != dtype or torch.compiler.is_compiling():
+        gradient = dy.to(dtype) * wide(on_dy_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(off_x_C, x))
+        return gradient.to(x.dtype)
+    return _affine(x, off_x_C.neg_(), alone_C, None).addcmul_(dy, wide(on_dy_C, x))
+
+
+def planes_are_contiguous(x: Tensor) -> bool:
+    """Tell whether a channel's positions lie together in memory, as torch's default has them."""
+    return x.stride(1) != 1 and x.is_contiguous()
+
+
+def all_but_channels(x: Tensor) -> list[int]:
+    """Number the dimensions that a channel's statistics are taken over."""
+    return [0, *range(2, x.dim())]
+
+
+def wide(values_C: Tensor, x: Tensor) -> Tensor:
+    """Shape [C] so that it broadcasts over [N, C, *]."""
+    return values_C.view(-1, *[1] * (x.dim() - 2))
+
+
+def _sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum dy, and dy · (x - mean) · invstd, in one native pass over both."""
+    _, dy_xhat_C, dy_C = torch.ops.aten.native_batch_norm_backward(
+        dy, x, None, None, None, mean_C, invstd_C, True, 0.0, (False, True, True)
+    )
+    return dy_C, dy_xhat_C
+
+
+def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, out: Tensor | None) -> Tensor:
+    """Compute x · scale + shift; where a channel's positions lie together, evaluation's native kernel is fastest."""
+    if torch.compiler.is_compiling() or x.numel() == 0 or x.is_cuda:
+        return (x.to(scale_C.dtype) * wide(scale_C, x) + wide(shift_C, x)).to(x.dtype)
+    if x.dtype == scale_C.dtype and not planes_are_contiguous(x):
+        return torch.addcmul(wide(shift_C, x), x, wide(scale_C, x), out=out)
+    zeros_C = _constant(0.0, len(scale_C), scale_C.dtype, x.device)
+    ones_C = _constant(1.0, len(scale_C), scale_C.dtype, x.device)
+    if out is None:
+        return torch.native_batch_norm(x, scale_C, shift_C, zeros_C, ones_C, False, 0.0, 0.0)[0]
+    unused = _constant(0.0, 0, scale_C.dtype, x.device)
+    return torch.native_batch_norm(x, scale_C, shift_C, zeros_C, ones_C, False, 0.0, 0.0, out=(out, unused, unused))[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constant(value: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Keep the constants that every step needs; nobody may write to them."""
+    with torch.inference_mode(False):
+        return torch.full((length,), value, dtype=dtype, device=device)

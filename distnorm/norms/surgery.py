@@ -1,0 +1,63 @@
+"""Which modules are batch norms that another class can take over, and how a module changes its class in place."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.errors import ConfigError
+
+SOURCES: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+"""Classes whose forward is a batch norm and nothing else; distnorm's layers add themselves."""
+
+
+def find_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """Collect the batch norms that can change their class, by name, in the model's order.
+
+    Raises:
+        ConfigError: the model is wrapped in DDP, scripted, has a lazy norm or a subclass with its own forward, or no
+            batch norm at all.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"convert() got a {type(model).__name__} model. Convert before wrapping, or pass model.module.",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            "convert() got a scripted model, whose layers are fixed. Convert the module it was made from."
+        )
+    norms: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) in SOURCES:
+            norms[name or "(the model)"] = module
+        elif isinstance(module, nn.modules.lazy.LazyModuleMixin) and isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"layer {name!r} is a {type(module).__name__}, that does not know its channels yet.\n"
+                "Run one batch through the model first, then convert.",
+            )
+        elif isinstance(module, _BatchNorm):
+            raise ConfigError(
+                f"layer {name!r} is a {type(module).__name__}, a batch norm with a forward of its own, that convert() "
+                "would drop.\nReplace it with nn.BatchNorm1d/2d/3d and what it does besides.",
+            )
+    if not norms:
+        raise ConfigError(
+            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
+            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
+        )
+    return norms
+
+
+def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
+    """Make a module one of another class, in place.
+
+    Args:
+        module: keeps its parameters, buffers, hooks and mode.
+        cls: its new class; no `__init__` runs.
+        attributes: what the new class needs besides.
+    """
+    module.__class__ = cls
+    # torch's synchronized layer holds a process group, that nothing could copy or pickle
+    module.__dict__.pop("process_group", None)
+    module.__dict__.update(attributes)
