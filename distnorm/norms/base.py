@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.errors import ShapeError
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
-_OF_ONE_STEP = ("rank_moments", "_passes")
+_OF_ONE_STEP = ("_rank_rows", "_passes")
 
 
 class AbstractBatchStatisticsNorm(_BatchNorm):
@@ -92,26 +92,27 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             var_C: of the batch, biased; the running variance takes the unbiased one.
             count: values a channel.
         """
-        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats or mean is None or var is None:
             return
         factor: Tensor | float
         if isinstance(count, Tensor):
-            factor = (count > 0).to(self.running_mean.dtype)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(count > 0)
+            factor = (count > 0).to(mean.dtype)
+            if tracked is not None:
+                tracked.add_(count > 0)
             if self.momentum is not None:
                 factor = factor * self.momentum
-            elif self.num_batches_tracked is not None:
-                factor = factor / self.num_batches_tracked.clamp(min=1)
+            elif tracked is not None:
+                factor = factor / tracked.clamp(min=1)
             unbiased_C = var_C * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
-            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), factor)
+            mean.lerp_(mean_C.to(mean.dtype), factor)
+            var.lerp_(unbiased_C.to(var.dtype), factor)
         elif count:
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            factor = 1.0 / float(self.num_batches_tracked or 1) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), factor)
-            self.running_var.mul_(1 - factor).add_(var_C, alpha=factor * count / max(count - 1, 1.0))
+            if tracked is not None:
+                tracked.add_(1)
+            factor = 1.0 / float(tracked or 1) if self.momentum is None else self.momentum
+            mean.lerp_(mean_C.to(mean.dtype), factor)
+            var.mul_(1 - factor).add_(var_C, alpha=factor * count / max(count - 1, 1.0))
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step."""

@@ -4,7 +4,7 @@ Each is a few fused calls of torch's own. Statistics are float32 or better whate
 measuring pass centres the batch in a buffer that then takes the output, so that nothing of the input's size is made
 besides the output. A small activation costs what its small operations cost: there are few.
 
-Legend: N samples, C channels, * positions, K = 2C + 1 packed moments.
+Legend: N samples, C channels, * positions, K = 2C + 1: mean, variance and count of one rank.
 """
 
 import functools
@@ -44,18 +44,19 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
         x: dense (see `dense`); may be empty.
         mask: which samples and positions count; all, if `None`.
 
-    Shape: x [N, C, *], mask [N, *]; moments [K] of the statistics' dtype.
+    Shape: x [N, C, *], mask [N, *]; statistics [K] of the statistics' dtype.
 
     Returns:
-        The packed moments (`Moments.pack`), and a buffer that `normalize` may use.
+        Mean, biased variance and count in one tensor, ready to be gathered; and a buffer that `normalize` may use.
     """
     count, dtype = x.numel() // x.shape[1], statistics_dtype(x.dtype)
     if mask is not None or count == 0 or torch.compiler.is_compiling():
-        return Moments.of(x, mask).pack(), None
+        moments = Moments.of(x, mask)
+        return torch.cat((moments.mean, moments.var, moments.count.unsqueeze(0))), None
     share = 1 / count
     if x.is_cuda:
         mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return torch.cat((mean_C, var_C * count, _constant(float(count), 1, dtype, x.device))), None
+        return torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device))), None
     over = all_but_channels(x)
     wide_x = x if x.dtype == dtype else x.to(dtype)
     pivot_C = wide_x.sum(over).mul_(share)
@@ -65,7 +66,7 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
     kept = added_in_a_row <= _MOST_ADDED_IN_A_ROW
     if kept and not planes:
         off_C, var_C = torch.batch_norm_update_stats(centred, None, None, 0.0)
-        mean_C, m2_C = pivot_C + off_C, var_C.mul_(count)
+        mean_C = pivot_C + off_C
     else:
         if kept:
             zeros_C = _constant(0.0, len(pivot_C), dtype, x.device)
@@ -73,8 +74,8 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
         else:
             off_C, squares_C = centred.sum(over), centred.mul_(centred).sum(over)
         mean_C = torch.add(pivot_C, off_C, alpha=share)
-        m2_C = torch.addcmul(squares_C, off_C, off_C, value=-share)
-    packed = torch.cat((mean_C, m2_C, _constant(float(count), 1, dtype, x.device)))
+        var_C = torch.addcmul(squares_C, off_C, off_C, value=-share).mul_(share)
+    packed = torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device)))
     return packed, (centred, pivot_C if kept else None) if wide_x is x else None
 
 
@@ -107,7 +108,7 @@ def normalize(
     source, from_C = x, mean_C
     if scratch is not None and scratch[1] is not None:
         source, from_C = scratch[0], mean_C - scratch[1]
-    shift_C = (from_C * scale_C).neg_().to(dtype)
+    shift_C = (from_C * -scale_C).to(dtype)
     if bias is not None:
         shift_C = shift_C + bias
     return _affine(source, scale_C, shift_C, None if scratch is None else scratch[0])

@@ -1,6 +1,6 @@
 """Pool the moments of several ranks into the statistics of their joined batch.
 
-Legend: C channels, R ranks, K = 2C + 1 packed moments.
+Legend: C channels, R ranks, K = 2C + 1: mean, variance and count of one rank.
 """
 
 from typing import NamedTuple
@@ -40,35 +40,42 @@ def pool(own_K: Tensor, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tens
     """Pool this rank's moments with those of the others.
 
     Args:
-        own_K: packed moments (`Moments.pack`) of the statistics' dtype.
+        own_K: mean, biased variance and count, of the statistics' dtype.
         ranks: who pools.
         what: names the exchange in an error.
 
     Returns:
-        The pooled statistics, equal on all ranks bit for bit; and all ranks' moments [R, K], `None` where they were
-        summed and not gathered.
+        The pooled statistics, equal on all ranks bit for bit; and all ranks' own [R, K], `None` where they were summed
+        and not gathered.
 
     Collective: 1 gather of K numbers; with more than 16 ranks, unless in float64, 1 sum of K float64 numbers.
     """
     on_host = own_K.device.type == "cpu" and not torch.compiler.is_compiling()
     if len(ranks) > GATHER_UP_TO and own_K.dtype != torch.float64:
-        moments = Moments.of_sums(exchange.start_sum(Moments.unpack(own_K).sums(), ranks, what).wait())
+        moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, what).wait())
         total = float(moments.count) if on_host else moments.count
         return Pooled.of(moments.mean, moments.var, total, own_K.dtype), None
     rows_RK = exchange.gather(own_K, ranks, what)
     if on_host:
         return _merge_on_host(rows_RK), rows_RK
-    moments = Moments.unpack(rows_RK).merged()
+    moments = unpack(rows_RK).merged()
     return Pooled.of(moments.mean, moments.var, moments.count, own_K.dtype), rows_RK
+
+
+def unpack(rows_RK: Tensor) -> Moments:
+    """Read rows of mean, biased variance and count."""
+    channels = rows_RK.shape[-1] // 2
+    count = rows_RK[..., -1]
+    return Moments(count, rows_RK[..., :channels], rows_RK[..., channels:-1] * count.unsqueeze(-1))
 
 
 def _merge_on_host(rows_RK: Tensor) -> Pooled:
     """`Moments.merged`, in half as many operations: on the CPU the counts can simply be read."""
     channels = rows_RK.shape[1] // 2
-    mean_RC, m2_RC, count_R1 = rows_RK.double().split((channels, channels, 1), 1)
-    total = sum(rows_RK[:, -1].tolist())
-    share = 1 / max(total, 1.0)
-    share_R1 = count_R1 * share
+    mean_RC, var_RC, count_R1 = rows_RK.double().split((channels, channels, 1), 1)
+    total = sum(count_R1.flatten().tolist())
+    share_R1 = count_R1 * (1 / max(total, 1.0))
     mean_C = (mean_RC * share_R1).sum(0)
-    spread_RC = (mean_RC - mean_C).pow_(2).mul_(share_R1).add_(m2_RC, alpha=share)
-    return Pooled.of(mean_C, spread_RC.sum(0), total, rows_RK.dtype)
+    off_RC = mean_RC - mean_C
+    var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
+    return Pooled.of(mean_C, var_C, total, rows_RK.dtype)

@@ -1,6 +1,6 @@
 """Synchronized batch normalization: several ranks normalize as if their samples were one batch.
 
-Legend: N samples, C channels, R ranks, K = 2C + 1 packed moments.
+Legend: N samples, C channels, R ranks, K = 2C + 1: mean, variance and count of one rank.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from distnorm import collectives
 from distnorm.errors import ShapeError
 from distnorm.norms import exchange, kernels
 from distnorm.norms.base import AbstractBatchStatisticsNorm
-from distnorm.norms.pooling import Pooled, pool
+from distnorm.norms.pooling import Pooled, pool, unpack
 from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import SOURCES, become, find_norms
 from distnorm.norms.synchronized import normalize
@@ -69,9 +69,7 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
 
     sync_ranks: int | None = None
     group_ranks: tuple[int, ...] | None = None
-    rank_moments: Tensor | None = None
-    """[R, K] moments of each rank of the group in the last training forward, for the drift monitor; `None` if alone,
-    or if the group is so large that its ranks were summed."""
+    _rank_rows: Tensor | None = None
 
     def __init__(
         self,
@@ -123,6 +121,14 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
             return (collectives.rank(),)
         return exchange.members(self.sync_ranks, self.group_ranks)
 
+    @property
+    def rank_moments(self) -> Tensor | None:
+        """[R, K] packed moments of each rank of the group in the last training forward, for the drift monitor.
+
+        `None` if alone, or if the group is so large that its ranks were summed.
+        """
+        return None if self._rank_rows is None else unpack(self._rank_rows).pack()
+
     def extra_repr(self) -> str:
         """Show the group beside what torch shows."""
         group = f"group_ranks={self.group_ranks}" if self.group_ranks else f"sync_ranks={self.sync_ranks or 'all'}"
@@ -158,7 +164,7 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
 
     def _normalize_alone(self, x: Tensor) -> Tensor:
         """Use torch's kernel, that keeps the running statistics itself."""
-        self.rank_moments = None
+        self._rank_rows = None
         tracks = self.training and self.track_running_stats and self._repeated() is None
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -186,7 +192,7 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         self._check_count(pooled.count, own_K, ranks, x, mask)
         if self.training:
             self._take_batch(pooled.mean, pooled.var, pooled.count)
-            self.rank_moments = rows_RK if len(ranks) > 1 else None
+            self._rank_rows = rows_RK if len(ranks) > 1 else None
         return pooled
 
     def _check_count(
