@@ -54,7 +54,9 @@ def normalize(
         not: ranks that disagreed about it would hang.
     """
     invstd_C = (pooled.var + eps).rsqrt_()
-    statistics = (pooled.exact_mean, pooled.mean, invstd_C, pooled.count)
+    # Dynamo takes no tensor twice, and in float64 the exact mean is the mean.
+    exact_mean_C = None if torch.compiler.is_compiling() else pooled.exact_mean
+    statistics = (exact_mean_C, pooled.mean, invstd_C, pooled.count)
     y: Tensor = _Normalize.apply(x, weight, bias, *statistics, ranks, name, scratch, passed)  # type: ignore[no-untyped-call]
     return y
 
@@ -66,7 +68,7 @@ class _Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        exact_mean_C: Tensor,
+        exact_mean_C: Tensor | None,
         mean_C: Tensor,
         invstd_C: Tensor,
         count: Tensor | float,
@@ -78,7 +80,7 @@ class _Normalize(torch.autograd.Function):
         _save(ctx, x, weight, mean_C, invstd_C, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.ranks, ctx.name, ctx.passed = ranks, name, passed
-        return kernels.normalize(x, exact_mean_C, invstd_C, weight, bias, scratch)
+        return kernels.normalize(x, mean_C if exact_mean_C is None else exact_mean_C, invstd_C, weight, bias, scratch)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
