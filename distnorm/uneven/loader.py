@@ -69,6 +69,7 @@ class EvenLoader(Generic[Batch]):
             the loop in different steps.
 
     Example:
+        >>> import torch
         >>> loader = EvenLoader([(torch.ones(3, 2), torch.ones(3)), (torch.ones(1, 2), torch.ones(1))])
         >>> for inputs, targets in loader:
         ...     print(len(inputs), loader.share)
