@@ -14,5 +14,6 @@ from distnorm.policy import decide as decide
 from distnorm.population import evaluation_statistics as evaluation_statistics
 from distnorm.population import pool_running_stats as pool_running_stats
 from distnorm.spec import NormSpec as NormSpec
+from distnorm.uneven import EvenLoader as EvenLoader
 
 __version__ = "0.1.0"

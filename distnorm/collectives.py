@@ -5,7 +5,8 @@ copied, pickled and moved to another cluster. Without a process group every func
 """
 
 import datetime as dt
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,7 @@ _groups: dict[tuple[int, ...], Any] = {}
 _groups_of: Any = None
 _members: dict[tuple[int | None, tuple[int, ...] | None], tuple[int, ...]] = {}
 _control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
+_notice_numbers: Iterator[int] = itertools.count()  # of that group; alike on all ranks
 
 
 def is_running() -> bool:
@@ -153,7 +155,7 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     try:
         _all_gather(rows_RK, values.contiguous(), group=_group_of(ranks))
     except RuntimeError as error:
-        _raise_named(error, ranks, what)
+        raise_named(error, ranks, what)
     return rows_RK.view(len(ranks), -1)
 
 
@@ -178,16 +180,31 @@ def agree(value: Any, what: str) -> list[Any]:
     try:
         dist.all_gather_object(answers, value, group=_control_group())
     except RuntimeError as error:
-        _raise_named(error, range(world_size()), what)
+        raise_named(error, range(world_size()), what)
     return answers
 
 
 def _control_group() -> Any:
     """Give the gloo group of all ranks that control messages take, whatever backend trains."""
-    global _control  # noqa: PLW0603
+    global _control, _notice_numbers  # noqa: PLW0603
     if _control[0] is not dist.group.WORLD:
+        _notice_numbers = itertools.count()
         _control = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=_world_timeout()))
     return _control[1]
+
+
+def start_notice(own_K: Tensor) -> tuple[Tensor, Any, int]:
+    """Start to tell every rank K integers, beside the training collectives: for `uneven.notice`, that words failures.
+
+    Returns:
+        [R, K], filled once the work that comes next has been waited for; and the number of this notice, alike on all
+        ranks.
+
+    Collective: 1 gather of K integers over the gloo side group of all ranks; the first call makes that group.
+    """
+    group, rows_RK = _control_group(), own_K.new_empty(world_size() * len(own_K))
+    work = _all_gather(rows_RK, own_K, group=group, async_op=True)
+    return rows_RK.view(world_size(), -1), work, next(_notice_numbers)
 
 
 class PendingSum:
@@ -202,7 +219,7 @@ class PendingSum:
             try:
                 self._work.wait()
             except RuntimeError as error:
-                _raise_named(error, self._ranks, self._what)
+                raise_named(error, self._ranks, self._what)
         return self._values
 
 
@@ -219,7 +236,7 @@ def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
         try:
             work = dist.all_reduce(values, group=_group_of(ranks), async_op=True)
         except RuntimeError as error:
-            _raise_named(error, ranks, what)
+            raise_named(error, ranks, what)
     return PendingSum(values, work, ranks, what)
 
 
@@ -260,6 +277,11 @@ def agreed_through_launcher(value: str, *, key: str, rank: int, address: str, po
     return bytes(store.get(key)).decode()
 
 
+def store() -> Any:
+    """Give the key-value store that the process group was started over: it outlives a collective that failed."""
+    return dist.distributed_c10d._get_default_store()  # noqa: SLF001
+
+
 def _world_timeout() -> dt.timedelta:
     """Read the timeout the world was started with: `new_group` would fall back to the backend's 10 or 30 minutes."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -267,7 +289,12 @@ def _world_timeout() -> dt.timedelta:
     return options._timeout if options is not None else dt.timedelta(minutes=10)  # noqa: SLF001
 
 
-def _raise_named(error: RuntimeError, ranks: Sequence[int], what: str) -> NoReturn:
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """Spell some ranks: `"rank 2"`, `"ranks 0, 1, 3"`."""
+    return f"rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def raise_named(error: RuntimeError, ranks: Sequence[int], what: str) -> NoReturn:
     """Turn a backend's words into ours: who waited, where, for whom."""
     first_line = str(error).strip().splitlines()[0][:160]
     raise GroupError(

@@ -15,7 +15,7 @@ ROOT = Path(distnorm.__file__).parent
 LADDER = [
     ["errors"],
     ["collectives", "spec"],
-    ["moments", "policy"],
+    ["moments", "policy", "uneven"],
     ["norms"],
     ["convert"],
     ["population", "models", "drift.metric", "drift.record"],

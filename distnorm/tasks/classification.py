@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from distnorm import collectives
 from distnorm.errors import ConfigError, did_you_mean
+from distnorm.uneven import EvenLoader
 
 SCHEDULES = ("cosine", "constant")
 
@@ -26,9 +27,9 @@ class Classification(pl.LightningModule):
     """Train and evaluate a classifier.
 
     The loss is the mean over the samples of *all* ranks, also where the last batch is dealt unevenly: each rank divides
-    its sum by the global number of samples a rank, and DDP averages. Logged: `train/loss` (mean over all samples since
-    the last log, over all ranks), `lr`; `val/…` and `test/…` `loss` and `accuracy`, every sample of all ranks counted
-    once.
+    its sum by the global number of samples a rank, and DDP averages. The training loader (`EvenLoader`) or the data
+    module gives that number, by `global_count(step)`. Logged: `train/loss` (mean over all samples since the last log,
+    over all ranks), `lr`; `val/…` and `test/…` `loss` and `accuracy`, every sample of all ranks counted once.
 
     Args:
         model: maps [N, …] to logits [N, num_classes].
@@ -40,7 +41,7 @@ class Classification(pl.LightningModule):
         norm_weight_decay: weight decay of parameters with one dimension: norms' weights, and biases.
 
     Collective: 1 sum of 2 numbers over all ranks each `log_every_n_steps`; torchmetrics' own at the end of an
-        evaluation.
+        evaluation; those of an `EvenLoader`, whose `check` every rank runs at the start of a fit.
     """
 
     def __init__(
@@ -69,10 +70,22 @@ class Classification(pl.LightningModule):
         self._norm_weight_decay = norm_weight_decay
         self._since_log: Tensor | None = None
         self._logged_at = 0
+        self._batches_done = 0
         self._scores = {split: _Scores(num_classes) for split in ("val", "test")}
         self.scores = nn.ModuleDict(
             self._scores
         )  # on the device, and in the module tree, where Lightning looks for metrics
+
+    def on_train_start(self) -> None:
+        """Refuse layers that cannot take an empty batch, where the loader may give one."""
+        self._batches_done = 0
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, EvenLoader):
+            loader.check(self.model)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin to count the batches of a pass through the data."""
+        self._batches_done = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return this rank's share of the global mean loss."""
@@ -89,6 +102,7 @@ class Classification(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss over all ranks since the last time."""
+        self._batches_done += 1
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every or step == self._logged_at or self._since_log is None:
             return
@@ -134,7 +148,10 @@ class Classification(pl.LightningModule):
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1.0, steps - warmup))))
 
     def _samples_a_rank(self, batch_idx: int, own: int) -> float:
-        """Samples of this step over all ranks, divided by the ranks; the data knows them without asking the others."""
+        """Samples of this step over all ranks, divided by the ranks; the data knows them."""
+        # Not `batch_idx`: resumed within an epoch it goes on where it was, and the loader begins anew.
+        if counted := getattr(self.trainer.train_dataloader, "global_count", None):
+            return float(max(1, counted(self._batches_done)) / self.trainer.world_size)
         count = getattr(self.trainer.datamodule, "global_count", None)  # type: ignore[attr-defined]
         share = count(batch_idx) / self.trainer.world_size if count else own
         # Dealt evenly, a rank has the share rounded up or down; another number is a step of another place in the epoch.
