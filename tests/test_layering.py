@@ -20,7 +20,7 @@ LADDER = [
     ["convert"],
     ["population", "models", "drift.metric", "drift.record"],
     ["checkpoint"],
-    ["data", "tasks", "drift.monitor", "callbacks", "progress", "targets"],
+    ["data", "tasks", "drift.monitor", "callbacks", "layer_sync", "progress", "targets"],
     ["settings"],
     ["launch.ranks"],
     ["launch.run_dir", "launch.console"],
