@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distnorm import positions, whereabouts
 from distnorm.errors import ConfigError, GroupError, divisors_in_words
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
@@ -20,6 +21,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
 _groups: dict[tuple[int, ...], Any] = {}
 _groups_of: Any = None
 _control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
+_twins: dict[tuple[int, ...], Any] = {}  # of each group, a gloo group of the same ranks for headers
+_debug = False
 
 
 def is_running() -> bool:
@@ -80,10 +83,14 @@ def _make_groups(partition: tuple[tuple[int, ...], ...]) -> None:
     global _groups_of  # noqa: PLW0603
     if _groups_of is not dist.group.WORLD:
         _groups.clear()
+        _twins.clear()
         _groups_of = dist.group.WORLD
     for ranks in partition:
-        if 1 < len(ranks) < dist.get_world_size() and ranks not in _groups:
+        part = 1 < len(ranks) < dist.get_world_size()
+        if part and ranks not in _groups:
             _groups[ranks] = dist.new_group(list(ranks), timeout=_world_timeout())
+        if part and _debug and ranks not in _twins:
+            _twins[ranks] = dist.new_group(list(ranks), backend="gloo", timeout=_world_timeout())
 
 
 def _group_of(ranks: tuple[int, ...]) -> Any:
@@ -109,19 +116,24 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     if len(ranks) == 1:
         return values.unsqueeze(0)
     rows_RK = values.new_empty(len(ranks) * values.numel())
+    place = positions.enter(what, ranks)
+    if _debug:
+        _check_same_place(values, ranks, what)
     try:
         _all_gather(rows_RK, values.contiguous(), group=_group_of(ranks))
     except RuntimeError as error:
         _raise_named(error, ranks, what)
+    positions.leave(place)
     return rows_RK.view(len(ranks), -1)
 
 
-def agree(value: Any, what: str) -> list[Any]:
+def agree(value: Any, what: str, *, call_roll: bool = False) -> list[Any]:
     """Tell every rank something, and hear it from every rank, beside the training collectives.
 
     Args:
         value: anything that pickles; small.
         what: names the exchange in an error.
+        call_roll: leave word in the process group's store first, so that an error names the ranks that never came.
 
     Returns:
         One value a rank, in rank order, equal on all ranks.
@@ -133,12 +145,63 @@ def agree(value: Any, what: str) -> list[Any]:
     """
     if world_size() == 1:
         return [value]
-    answers: list[Any] = [None] * world_size()
+    ranks = tuple(range(world_size()))
+    place = positions.enter(what, ranks)
+    roll = _Roll(what) if call_roll else None
     try:
-        dist.all_gather_object(answers, value, group=_control_group())
+        answers = _hear_all(value, ranks, _control_group())
     except RuntimeError as error:
-        _raise_named(error, range(world_size()), what)
+        _raise_named(error, ranks, what, roll.missing() if roll else [])
+    positions.leave(place)
     return answers
+
+
+def _hear_all(value: Any, ranks: tuple[int, ...], group: Any) -> list[Any]:
+    answers: list[Any] = [None] * len(ranks)
+    dist.all_gather_object(answers, value, group=group)
+    return answers
+
+
+class _Roll:
+    """Who came to an agreement, as the process group's store knows it."""
+
+    _calls = 0
+
+    def __init__(self, what: str) -> None:
+        _Roll._calls += 1
+        self._key = f"distnorm/{what}/{_Roll._calls}"
+        self._store = getattr(dist.distributed_c10d, "_get_default_store")()  # noqa: B009
+        self._store.set(f"{self._key}/{rank()}", "here")
+
+    def missing(self) -> list[int]:
+        """Name the ranks that left no word; none where the store is gone with the rank that held it."""
+        try:
+            return [r for r in range(world_size()) if not self._store.check([f"{self._key}/{r}"])]
+        except RuntimeError:
+            return []
+
+
+def set_debug(on: bool) -> None:
+    """Switch the check before every gather and sum that all ranks of the group are at the same one.
+
+    Collective: none here; later each takes 2 gathers more over gloo. Set it alike on all ranks.
+    """
+    global _debug  # noqa: PLW0603
+    _debug = on
+
+
+def _check_same_place(values: Tensor, ranks: tuple[int, ...], what: str) -> None:
+    """Tell the ranks of a group what this one is about to exchange; raise on all of them where they differ."""
+    twin = _control_group() if len(ranks) == dist.get_world_size() else _twins.get(ranks)
+    if twin is None:  # the group was made before debugging was switched on
+        return
+    header = whereabouts.Header(what, values.numel(), str(values.dtype), positions.step_now())
+    try:
+        headers = _hear_all(header, ranks, twin)
+    except RuntimeError as error:
+        _raise_named(error, ranks, what)
+    if parted := whereabouts.compare(ranks, headers):
+        raise GroupError(parted)
 
 
 def _control_group() -> Any:
@@ -152,8 +215,8 @@ def _control_group() -> Any:
 class PendingSum:
     """A sum over ranks that is under way; `wait` gives the tensor that holds it."""
 
-    def __init__(self, values: Tensor, work: Any, ranks: tuple[int, ...], what: str) -> None:
-        self._values, self._work, self._ranks, self._what = values, work, ranks, what
+    def __init__(self, values: Tensor, work: Any, ranks: tuple[int, ...], what: str, place: int) -> None:
+        self._values, self._work, self._ranks, self._what, self._place = values, work, ranks, what, place
 
     def wait(self) -> Tensor:
         """Block (on CUDA: let the stream wait) until the sum has arrived."""
@@ -162,6 +225,7 @@ class PendingSum:
                 self._work.wait()
             except RuntimeError as error:
                 _raise_named(error, self._ranks, self._what)
+            positions.leave(self._place)
         return self._values
 
 
@@ -173,13 +237,16 @@ def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
     Raises:
         GroupError: (also from `wait`) a rank did not take part in time, or died.
     """
-    work = None
+    work, place = None, 0
     if len(ranks) > 1:
+        place = positions.enter(what, ranks)
+        if _debug:
+            _check_same_place(values, ranks, what)
         try:
             work = dist.all_reduce(values, group=_group_of(ranks), async_op=True)
         except RuntimeError as error:
             _raise_named(error, ranks, what)
-    return PendingSum(values, work, ranks, what)
+    return PendingSum(values, work, ranks, what, place)
 
 
 def start_ranks(*, rank: int, world_size: int, store_path: str, timeout_s: float) -> None:
@@ -226,10 +293,7 @@ def _world_timeout() -> dt.timedelta:
     return options._timeout if options is not None else dt.timedelta(minutes=10)  # noqa: SLF001
 
 
-def _raise_named(error: RuntimeError, ranks: Sequence[int], what: str) -> NoReturn:
-    """Turn a backend's words into ours: who waited, where, for whom."""
-    first_line = str(error).strip().splitlines()[0][:160]
-    raise GroupError(
-        f"rank {rank()} waited in {what} for ranks {', '.join(map(str, ranks))}; one of them failed or never came.\n"
-        f"Does every rank run the same model, and reach this layer in every step? Backend: {first_line}",
-    ) from error
+def _raise_named(error: RuntimeError, ranks: Sequence[int], what: str, missing: Sequence[int] = ()) -> NoReturn:
+    """Turn a backend's words into ours: who waited, where, for whom; and who was missing, where that is known."""
+    waits = whereabouts.Wait(rank(), tuple(ranks), what, str(error).strip().splitlines()[0][:160])
+    raise GroupError(waits.in_words(missing, positions.read_this_run())) from error
