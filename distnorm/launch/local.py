@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
 
@@ -67,6 +68,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         except ChildFailedError as error:
             raise RankError(_describe(error, run, started)) from None
         except SignalException as error:
+            print(*_where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
@@ -122,6 +124,7 @@ def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
     notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
     first = _first(error, notes)
     lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
+    lines += _where_the_ranks_were(run, started)
     if first:
         lines.append(f"rank {first} wrote {run.log_of(first)}")
     if first in notes:
@@ -131,6 +134,12 @@ def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
         how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         lines.append(f"rank {first} failed first: it ended by {how} (process {failure.pid}).")
     return "\n".join(lines)
+
+
+def _where_the_ranks_were(run: RunFolder, started: float) -> list[str]:
+    """Say who left before which layer and who waited there, in one line; none before the first exchange."""
+    sentence = whereabouts.in_words(positions.read(run.ranks, started))
+    return [sentence] if sentence else []
 
 
 def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
@@ -149,5 +158,5 @@ def _was_killed(failure: ProcessFailure) -> bool:
 
 
 def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
-    files = (run.path / "ranks").glob("rank*.error.json")
+    files = run.ranks.glob("rank*.error.json")
     return [(int(file.name.removeprefix("rank").removesuffix(".error.json")), file) for file in files]
