@@ -7,7 +7,7 @@ their batch norms beside the training collectives, and every rank compares all o
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.sync import SyncBatchNorm
 
 WHAT = "the check that all ranks have the same layers"
-Table = dict[str, dict[str, Hashable]]
-"""Of each layer's name, in the model's order, what must be alike on all ranks."""
+Table = dict[str, dict[str, Any]]
+"""Of each layer's path, in the model's order, its name in messages and what must be alike on all ranks."""
+_NAME = "name"
 
 
 def check_ranks(model: nn.Module, *, folder: str | Path | None = None, debug: bool = False) -> None:
@@ -125,14 +126,13 @@ def layer_table(model: nn.Module, *, modes: bool) -> Table:
     for name, layer in _inner(model).named_modules():
         if isinstance(layer, AbstractBatchStatisticsNorm) or id(layer) in kept:
             assert isinstance(layer, _BatchNorm)
-            known_as = getattr(layer, "layer_name", "") or name
-            table[name if known_as in table else known_as] = _row(layer, modes)  # two models converted apart, say
+            table[name] = {_NAME: getattr(layer, "layer_name", "") or name, **_row(layer, modes)}
     return table
 
 
-def _row(layer: _BatchNorm, modes: bool) -> dict[str, Hashable]:
+def _row(layer: _BatchNorm, modes: bool) -> dict[str, Any]:
     tensor = next((t for t in (layer.weight, layer.running_mean) if t is not None), None)
-    row: dict[str, Hashable] = {
+    row: dict[str, Any] = {
         "class": f"{type(layer).__module__.partition('.')[0]}.{type(layer).__name__}",
         "channels": layer.num_features,
         "dtype": "none" if tensor is None else str(tensor.dtype).removeprefix("torch."),
@@ -154,22 +154,21 @@ def differences(tables: Sequence[Table]) -> Iterator[str]:
     orders = [list(table) for table in tables]
     for place, names in enumerate(zip(*orders, strict=False)):
         if len(set(names)) > 1:
-            at = _who_has(dict(enumerate(names)), "{}")
+            at = _who_has({rank: tables[rank][name][_NAME] for rank, name in enumerate(names)}, "{}")
             yield f"Layer {place} of the model is {at}.\nBuild the model in the same order on every rank."
             return
-    for name in orders[0]:
-        rows = [table[name] for table in tables if name in table]
-        if len(rows) < len(tables):
-            continue
-        for field in rows[0]:
-            yield from _difference_in(field, {rank: row.get(field) for rank, row in enumerate(rows)}, name)
+    for path in orders[0]:
+        rows = [table[path] for table in tables if path in table]
+        for field in list(rows[0])[1:] if len(rows) == len(tables) else ():  # all but the name
+            yield from _difference_in(field, {rank: row.get(field) for rank, row in enumerate(rows)}, rows[0][_NAME])
 
 
 def _missing_layers(tables: Sequence[Table]) -> Iterator[str]:
-    for name in dict.fromkeys(name for table in tables for name in table):
-        have = [rank for rank, table in enumerate(tables) if name in table]
+    for path in dict.fromkeys(path for table in tables for path in table):
+        have = [rank for rank, table in enumerate(tables) if path in table]
         if len(have) < len(tables):
             lack = sorted(set(range(len(tables))) - set(have))
+            name = tables[have[0]][path][_NAME]
             yield (
                 f"{name} is in the model of {ranks_in_words(have)} and not of {ranks_in_words(lack)}.\n"
                 "Build the same model on every rank: does its configuration, or a random choice, depend on the rank?"
