@@ -4,6 +4,7 @@ A layer never holds a process group; it names its ranks (`sync_ranks` or `group_
 copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
 """
 
+import contextlib
 import datetime as dt
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -171,7 +172,8 @@ class _Roll:
         _Roll._calls += 1
         self._key = f"distnorm/{what}/{_Roll._calls}"
         self._store = getattr(dist.distributed_c10d, "_get_default_store")()  # noqa: B009
-        self._store.set(f"{self._key}/{rank()}", "here")
+        with contextlib.suppress(RuntimeError):  # the store went with its rank: the exchange that follows says so
+            self._store.set(f"{self._key}/{rank()}", "here")
 
     def missing(self) -> list[int]:
         """Name the ranks that left no word; none where the store is gone with the rank that held it."""

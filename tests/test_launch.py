@@ -74,7 +74,7 @@ def test_the_launcher_says_who_left_before_which_layer(tmp_path):
 def test_debug_ends_a_run_where_the_ranks_part(tmp_path):
     output = faulty("BranchesOnRank1", tmp_path, "debug=true")
     last = output[output.index("failed first, with GroupError") :]
-    assert "rank 0 is at stages.2.0.bn2 backward, rank 1 is at bn forward (step 2)." in last
+    assert "rank 0 is at stages.2.0.shortcut.1 backward, rank 1 is at bn forward (step 2)." in last
     assert "Every rank must run the same layers" in last
 
 

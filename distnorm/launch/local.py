@@ -143,18 +143,19 @@ def _where_the_ranks_were(run: RunFolder, started: float) -> list[str]:
 
 
 def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
-    """Find the first failure. A rank that lost its peer is not the first; one killed by a signal is."""
+    """Find the first failure. A rank that lost its peer is not the first; one that ended without a word is."""
     own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
     if own_fault:
         return min(own_fault, key=lambda rank: notes[rank]["time"])
-    killed = [rank for rank, failure in error.failures.items() if _was_killed(failure) and rank not in notes]
-    if killed:
-        return killed[0]
+    silent = [rank for rank, failure in error.failures.items() if rank not in notes and not _was_ended(failure)]
+    if silent:
+        return silent[0]
     return min(notes, key=lambda rank: notes[rank]["time"]) if notes else min(error.failures)
 
 
-def _was_killed(failure: ProcessFailure) -> bool:
-    return failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT)
+def _was_ended(failure: ProcessFailure) -> bool:
+    """Tell whether it was the launcher that ended this rank, for another's sake."""
+    return -failure.exitcode in (signal.SIGTERM, signal.SIGINT)
 
 
 def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
