@@ -16,9 +16,7 @@ from torch import Tensor
 from distnorm import positions, whereabouts
 from distnorm.errors import ConfigError, GroupError, divisors_in_words
 
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(
-    dist, "all_gather_into_tensor", None
-)  # its older name
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 _groups: dict[tuple[int, ...], Any] = {}
 _groups_of: Any = None
 _control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
