@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.errors import ConfigError
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.surgery import become, find_norms
@@ -72,6 +73,22 @@ class Conversion:
         while self._snapshots:
             _restore(self._snapshots.pop())
         return self.model
+
+    def check(self) -> None:
+        """Make sure that every converted layer still is what `convert` made it; after `revert` there is none.
+
+        Raises:
+            ConfigError: one was replaced: torch's and Lightning's own conversions take any batch norm, ours too.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for name, made in zip([row.name for row in self.layers], self._snapshots, strict=False):
+            now = modules.get("" if name == "(the model)" else name)
+            if type(now) is not type(made.module):
+                cls = f"{type(now).__module__.partition('.')[0]}.{type(now).__name__}"
+                raise ConfigError(
+                    f"convert() made {name} a distnorm.{type(made.module).__name__}, and now it is a {cls}.\n"
+                    "Leave out Trainer(sync_batchnorm=True), and do not call convert_sync_batchnorm after convert().",
+                )
 
     def __str__(self) -> str:
         """Draw the table: layer, channels, was, is, normalization batch, why."""
