@@ -1,4 +1,4 @@
-"""The exchanges: gather and sum for layers, agreements and notices beside them. Each has a name, and names the missing."""
+"""The exchanges: gather and sum for layers, agreements and notices beside them. An error names the missing."""
 
 import contextlib
 import itertools
