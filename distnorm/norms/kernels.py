@@ -14,9 +14,15 @@ from torch import Tensor
 
 from distnorm.moments import Moments, statistics_dtype
 
-_MOST_ADDED_IN_A_ROW = 2048
+_MOST_IN_A_ROW = 2048
 """torch's native CPU passes add up the positions of a plane, or channels-last all values, one after the other in
 float32. 2048 cost a rectified activation's variance less than 1e-5 of itself; 25,000 cost 1e-4, a million 1e-3."""
+
+_MOST_SIGNED_IN_A_ROW = 2**15
+"""The same for sums of gradients, whose signs mix: their errors mostly cancel."""
+
+_FAR_FROM_ZERO = 16.0
+"""mean² / variance up to which such a pass may start from raw values: the mean then errs by 1e-6 deviations or so."""
 
 Scratch = tuple[Tensor, Tensor | None]
 """A buffer like the input, free to be written; and the pivot [C], if the buffer still holds input - pivot."""
@@ -57,30 +63,62 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
     if x.is_cuda:
         mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
         return torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device))), None
-    over = all_but_channels(x)
     wide_x = x if x.dtype == dtype else x.to(dtype)
-    pivot_C = wide_x.sum(over).mul_(share)
-    centred = wide_x - wide(pivot_C, x)
-    planes = planes_are_contiguous(x)
-    added_in_a_row = x[0, 0].numel() if planes else count
-    kept = added_in_a_row <= _MOST_ADDED_IN_A_ROW
-    if kept and not planes:
-        off_C, var_C = torch.batch_norm_update_stats(centred, None, None, 0.0)
-        mean_C = pivot_C + off_C
-    else:
-        if kept:
-            zeros_C = _constant(0.0, len(pivot_C), dtype, x.device)
-            off_C, squares_C = _sums(centred, centred, zeros_C, _constant(1.0, len(pivot_C), dtype, x.device))
-        else:
-            off_C, squares_C = centred.sum(over), centred.mul_(centred).sum(over)
-        mean_C = torch.add(pivot_C, off_C, alpha=share)
-        var_C = torch.addcmul(squares_C, off_C, off_C, value=-share).mul_(share)
+    ready = None if planes_are_contiguous(x) else _measure_rows(wide_x)
+    mean_C, var_C, scratch = ready or _measure_deviations(wide_x, share)
     packed = torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device)))
-    return packed, (centred, pivot_C if kept else None) if wide_x is x else None
+    return packed, scratch if wide_x is x else None
+
+
+def _measure_rows(x: Tensor) -> tuple[Tensor, Tensor, None] | None:
+    """Measure with the native kernel for channels-last, on blocks of rows; `None` if the mean is too far from zero."""
+    rows_MC = x.movedim(1, -1).reshape(-1, x.shape[1])
+    if len(rows_MC) <= _MOST_IN_A_ROW:
+        mean_C, var_C = torch.batch_norm_update_stats(rows_MC, None, None, 0.0)
+    else:
+        blocks = rows_MC.split(_MOST_IN_A_ROW)
+        means, variances = zip(
+            *(torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks), strict=True
+        )
+        mean_BC, count_B = torch.stack(means), x.new_tensor([len(block) for block in blocks])
+        moments = Moments(count_B, mean_BC, torch.stack(variances) * count_B.unsqueeze(-1)).merged()
+        mean_C, var_C = moments.mean.to(x.dtype), moments.var.to(x.dtype)
+    if (mean_C * mean_C > var_C * _FAR_FROM_ZERO).any():
+        return None
+    return mean_C, var_C, None
+
+
+def _measure_deviations(x: Tensor, share: float) -> tuple[Tensor, Tensor, Scratch]:
+    """Measure about a mean that is right to rounding, whatever the offset."""
+    over = all_but_channels(x)
+    pivot_C = x.sum(over).mul_(share)
+    centred = x - wide(pivot_C, x)
+    parts = _parts_of_a_plane(x)
+    if parts:
+        zeros, ones = (_constant(value, len(pivot_C) * parts, x.dtype, x.device) for value in (0.0, 1.0))
+        split = centred.view(x.shape[0], len(pivot_C) * parts, -1) if parts > 1 else centred
+        off_C, squares_C = _sums(split, split, zeros, ones)
+        if parts > 1:
+            off_C, squares_C = off_C.view(-1, parts).sum(1), squares_C.view(-1, parts).sum(1)
+    else:
+        off_C, squares_C = centred.sum(over), centred.mul_(centred).sum(over)
+    mean_C = torch.add(pivot_C, off_C, alpha=share)
+    var_C = torch.addcmul(squares_C, off_C, off_C, value=-share).mul_(share)
+    return mean_C, var_C, (centred, pivot_C if parts else None)
+
+
+def _parts_of_a_plane(x: Tensor) -> int:
+    """Into how many equal parts a plane falls that a native pass may add up; 0 if none, or if it has no planes."""
+    if not planes_are_contiguous(x):
+        return 0
+    positions = x.shape[2:].numel()
+    fewest = -(-positions // _MOST_IN_A_ROW)
+    return next((parts for parts in range(fewest, 4 * fewest + 1) if positions % parts == 0), 0)
 
 
 def normalize(
     x: Tensor,
+    exact_mean_C: Tensor,
     mean_C: Tensor,
     invstd_C: Tensor,
     weight: Tensor | None,
@@ -91,7 +129,8 @@ def normalize(
 
     Args:
         x: dense.
-        mean_C: of the pooled batch, float64.
+        exact_mean_C: of the pooled batch, float64.
+        mean_C: the same, of the statistics' dtype.
         invstd_C: 1 / sqrt(var + eps) of the pooled batch, of the statistics' dtype.
         weight: a factor a channel, or `None`.
         bias: a summand a channel, or `None`.
@@ -103,14 +142,12 @@ def normalize(
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
-        return torch.batch_norm_elemt(x, weight, bias, mean_C.to(dtype), invstd_C, 0.0)
+        return torch.batch_norm_elemt(x, weight, bias, mean_C, invstd_C, 0.0)
     scale_C = invstd_C if weight is None else invstd_C * weight
     source, from_C = x, mean_C
     if scratch is not None and scratch[1] is not None:
-        source, from_C = scratch[0], mean_C - scratch[1]
-    shift_C = (from_C * -scale_C).to(dtype)
-    if bias is not None:
-        shift_C = shift_C + bias
+        source, from_C = scratch[0], (exact_mean_C - scratch[1]).to(dtype)
+    shift_C = -from_C * scale_C if bias is None else torch.addcmul(bias, from_C, scale_C, value=-1)
     return _affine(source, scale_C, shift_C, None if scratch is None else scratch[0])
 
 
@@ -164,7 +201,7 @@ def input_gradient(
     if x.dtype != dtype or torch.compiler.is_compiling():
         gradient = dy.to(dtype) * wide(on_dy_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(off_x_C, x))
         return gradient.to(x.dtype)
-    return _affine(x, off_x_C.neg_(), alone_C, None).addcmul_(dy, wide(on_dy_C, x))
+    return _affine(dy, on_dy_C, alone_C, None).addcmul_(x, wide(off_x_C, x), value=-1)
 
 
 def planes_are_contiguous(x: Tensor) -> bool:
@@ -183,7 +220,12 @@ def wide(values_C: Tensor, x: Tensor) -> Tensor:
 
 
 def _sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum dy, and dy · (x - mean) · invstd, in one native pass over both."""
+    """Sum dy, and dy · (x - mean) · invstd, in one native pass over both; channels-last in blocks of rows."""
+    if x.numel() > _MOST_SIGNED_IN_A_ROW * len(mean_C) and not planes_are_contiguous(x):
+        rows = [t.movedim(1, -1).reshape(-1, len(mean_C)).split(_MOST_SIGNED_IN_A_ROW) for t in (dy, x)]
+        parts = [_sums(dy_MC, x_MC, mean_C, invstd_C) for dy_MC, x_MC in zip(*rows, strict=True)]
+        dy_C, dy_xhat_C = (torch.stack(sums).sum(0) for sums in zip(*parts, strict=True))
+        return dy_C, dy_xhat_C
     _, dy_xhat_C, dy_C = torch.ops.aten.native_batch_norm_backward(
         dy, x, None, None, None, mean_C, invstd_C, True, 0.0, (False, True, True)
     )

@@ -73,9 +73,15 @@ def _merge_on_host(rows_RK: Tensor) -> Pooled:
     """`Moments.merged`, in half as many operations: on the CPU the counts can simply be read."""
     channels = rows_RK.shape[1] // 2
     mean_RC, var_RC, count_R1 = rows_RK.double().split((channels, channels, 1), 1)
-    total = sum(count_R1.flatten().tolist())
-    share_R1 = count_R1 * (1 / max(total, 1.0))
-    mean_C = (mean_RC * share_R1).sum(0)
-    off_RC = mean_RC - mean_C
-    var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
+    counts = count_R1.flatten().tolist()
+    total = sum(counts)
+    if counts.count(counts[0]) == len(counts):
+        mean_C = mean_RC.mean(0)
+        off_RC = mean_RC - mean_C
+        var_C = torch.addcmul(var_RC, off_RC, off_RC).mean(0)
+    else:
+        share_R1 = count_R1 * (1 / total)
+        mean_C = (mean_RC * share_R1).sum(0)
+        off_RC = mean_RC - mean_C
+        var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
     return Pooled.of(mean_C, var_C, total, rows_RK.dtype)

@@ -80,7 +80,8 @@ class _Normalize(torch.autograd.Function):
         _save(ctx, x, weight, mean_C, invstd_C, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.ranks, ctx.name, ctx.passed = ranks, name, passed
-        return kernels.normalize(x, mean_C if exact_mean_C is None else exact_mean_C, invstd_C, weight, bias, scratch)
+        exact_mean_C = mean_C if exact_mean_C is None else exact_mean_C
+        return kernels.normalize(x, exact_mean_C, mean_C, invstd_C, weight, bias, scratch)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
