@@ -72,20 +72,18 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
 
 def _measure_rows(x: Tensor) -> tuple[Tensor, Tensor, None] | None:
     """Measure with the native kernel for channels-last, on blocks of rows; `None` if the mean is too far from zero."""
-    rows_MC = x.movedim(1, -1).reshape(-1, x.shape[1])
-    if len(rows_MC) <= _MOST_IN_A_ROW:
-        mean_C, var_C = torch.batch_norm_update_stats(rows_MC, None, None, 0.0)
+    if x.numel() <= _MOST_IN_A_ROW * x.shape[1]:
+        mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
     else:
-        blocks = rows_MC.split(_MOST_IN_A_ROW)
+        blocks = x.movedim(1, -1).reshape(-1, x.shape[1]).split(_MOST_IN_A_ROW)
         means, variances = zip(
             *(torch.batch_norm_update_stats(block, None, None, 0.0) for block in blocks), strict=True
         )
         mean_BC, count_B = torch.stack(means), x.new_tensor([len(block) for block in blocks])
         moments = Moments(count_B, mean_BC, torch.stack(variances) * count_B.unsqueeze(-1)).merged()
         mean_C, var_C = moments.mean.to(x.dtype), moments.var.to(x.dtype)
-    if (mean_C * mean_C > var_C * _FAR_FROM_ZERO).any():
-        return None
-    return mean_C, var_C, None
+    near = float(torch.addcmul(var_C, mean_C, mean_C, value=-1 / _FAR_FROM_ZERO).amin()) >= 0  # of nan: no
+    return (mean_C, var_C, None) if near else None
 
 
 def _measure_deviations(x: Tensor, share: float) -> tuple[Tensor, Tensor, Scratch]:
@@ -168,40 +166,39 @@ def gradient_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tu
 def input_gradient(
     dy: Tensor,
     x: Tensor,
-    weight: Tensor | None,
+    scale_C: Tensor,
     mean_C: Tensor,
     invstd_C: Tensor,
     sums_2C: Tensor,
     count: Tensor | float,
 ) -> Tensor:
-    """Compute weight · invstd · (dy - sum(dy) / count - xhat · sum(dy · xhat) / count), xhat = (x - mean) · invstd.
+    """Compute scale · (dy - sum(dy) / count - xhat · sum(dy · xhat) / count), xhat = (x - mean) · invstd.
 
     Args:
         dy: gradient of the output.
         x: input.
-        weight: a factor a channel, or `None`.
+        scale_C: weight · invstd.
         mean_C: of the pooled batch.
         invstd_C: 1 / sqrt(var + eps) of the pooled batch.
         sums_2C: what `gradient_sums` gave, summed over the ranks; is overwritten.
         count: values a channel of the pooled batch.
 
-    Shape: dy, x [N, C, *], dense and alike; mean, invstd [C] of the statistics' dtype; result like x.
+    Shape: dy, x [N, C, *], dense and alike; scale, mean, invstd [C] of the statistics' dtype; result like x.
     """
     dtype = mean_C.dtype
-    weight = None if weight is None else weight.to(dtype)
     if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
         dy_C, dy_xhat_C = sums_2C.chunk(2)
         total = torch.as_tensor(count, dtype=torch.int32, device=x.device).view(1)
-        return torch.batch_norm_backward_elemt(dy, x, mean_C, invstd_C, weight, dy_C, dy_xhat_C / invstd_C, total)
+        weight_C = scale_C / invstd_C
+        return torch.batch_norm_backward_elemt(dy, x, mean_C, invstd_C, weight_C, dy_C, dy_xhat_C / invstd_C, total)
     sums_2C = sums_2C / count.to(dtype).clamp(min=1) if isinstance(count, Tensor) else sums_2C.div_(max(count, 1.0))
     mean_dy_C, mean_dy_xhat_C = sums_2C.chunk(2)
-    on_dy_C = invstd_C if weight is None else invstd_C * weight
-    off_x_C = (mean_dy_xhat_C * invstd_C).mul_(on_dy_C)
-    alone_C = torch.addcmul(off_x_C * mean_C, on_dy_C, mean_dy_C, value=-1)
+    on_x_C = (mean_dy_xhat_C * invstd_C).mul_(scale_C)
+    alone_C = torch.addcmul(on_x_C * mean_C, scale_C, mean_dy_C, value=-1)
     if x.dtype != dtype or torch.compiler.is_compiling():
-        gradient = dy.to(dtype) * wide(on_dy_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(off_x_C, x))
+        gradient = dy.to(dtype) * wide(scale_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(on_x_C, x))
         return gradient.to(x.dtype)
-    return _affine(dy, on_dy_C, alone_C, None).addcmul_(x, wide(off_x_C, x), value=-1)
+    return _affine(dy, scale_C, alone_C, None).addcmul_(x, wide(on_x_C, x), value=-1)
 
 
 def planes_are_contiguous(x: Tensor) -> bool:
