@@ -7,8 +7,6 @@ besides the output. A small activation costs what its small operations cost: the
 Legend: N samples, C channels, * positions, K = 2C + 1: mean, variance and count of one rank.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -56,7 +54,7 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
         Mean, biased variance and count in one tensor, ready to be gathered; and a buffer that `normalize` may use.
     """
     count, dtype = x.numel() // x.shape[1], statistics_dtype(x.dtype)
-    if mask is not None or count == 0 or torch.compiler.is_compiling():
+    if mask is not None or not is_plain(x):
         moments = Moments.of(x, mask)
         return torch.cat((moments.mean, moments.var, moments.count.unsqueeze(0))), None
     share = 1 / count
@@ -139,7 +137,7 @@ def normalize(
     dtype = invstd_C.dtype
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
+    if x.is_cuda and is_plain(x):
         return torch.batch_norm_elemt(x, weight, bias, mean_C, invstd_C, 0.0)
     scale_C = invstd_C if weight is None else invstd_C * weight
     source, from_C = x, mean_C
@@ -154,7 +152,7 @@ def gradient_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tu
 
     Shape: dy, x [N, C, *], dense and alike; mean, invstd and the two sums [C] of the statistics' dtype.
     """
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    if not is_plain(x):
         over, wide_dy = all_but_channels(x), dy.to(mean_C.dtype)
         return wide_dy.sum(over), (wide_dy * (x - wide(mean_C, x))).sum(over) * invstd_C
     if x.is_cuda:
@@ -186,7 +184,7 @@ def input_gradient(
     Shape: dy, x [N, C, *], dense and alike; scale, mean, invstd [C] of the statistics' dtype; result like x.
     """
     dtype = mean_C.dtype
-    if x.is_cuda and x.numel() and not torch.compiler.is_compiling():
+    if x.is_cuda and is_plain(x):
         dy_C, dy_xhat_C = sums_2C.chunk(2)
         total = torch.as_tensor(count, dtype=torch.int32, device=x.device).view(1)
         weight_C = scale_C / invstd_C
@@ -195,10 +193,16 @@ def input_gradient(
     mean_dy_C, mean_dy_xhat_C = sums_2C.chunk(2)
     on_x_C = (mean_dy_xhat_C * invstd_C).mul_(scale_C)
     alone_C = torch.addcmul(on_x_C * mean_C, scale_C, mean_dy_C, value=-1)
-    if x.dtype != dtype or torch.compiler.is_compiling():
+    if x.dtype != dtype or not is_plain(x):
         gradient = dy.to(dtype) * wide(scale_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(on_x_C, x))
         return gradient.to(x.dtype)
     return _affine(dy, scale_C, alone_C, None).addcmul_(x, wide(on_x_C, x), value=-1)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Tell whether native passes can take a tensor: values on a CPU or a CUDA device, neither traced nor simulated."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") and x.numel() > 0
+    return plain and not torch.compiler.is_compiling()
 
 
 def planes_are_contiguous(x: Tensor) -> bool:
@@ -231,7 +235,7 @@ def _sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tuple[Tens
 
 def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, out: Tensor | None) -> Tensor:
     """Compute x · scale + shift; where a channel's positions lie together, evaluation's native kernel is fastest."""
-    if torch.compiler.is_compiling() or x.numel() == 0 or x.is_cuda:
+    if x.is_cuda or not is_plain(x):
         return (x.to(scale_C.dtype) * wide(scale_C, x) + wide(shift_C, x)).to(x.dtype)
     if x.dtype == scale_C.dtype and not planes_are_contiguous(x):
         return torch.addcmul(wide(shift_C, x), x, wide(scale_C, x), out=out)
@@ -243,8 +247,18 @@ def _affine(x: Tensor, scale_C: Tensor, shift_C: Tensor, out: Tensor | None) -> 
     return torch.native_batch_norm(x, scale_C, shift_C, zeros_C, ones_C, False, 0.0, 0.0, out=(out, unused, unused))[0]
 
 
-@functools.lru_cache(maxsize=4096)
 def _constant(value: float, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Keep the constants that every step needs; nobody may write to them."""
-    with torch.inference_mode(False):
-        return torch.full((length,), value, dtype=dtype, device=device)
+    key = value, length, dtype, device
+    constant = _constants.get(key)
+    if constant is None:
+        with torch.inference_mode(False):
+            constant = torch.full((length,), value, dtype=dtype, device=device)
+        if len(_constants) > _MOST_CONSTANTS:
+            _constants.clear()
+        _constants[key] = constant
+    return constant
+
+
+_MOST_CONSTANTS = 4096
+_constants: dict[tuple[float, int, torch.dtype, torch.device], Tensor] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distnorm.moments import Moments
 from distnorm.norms import exchange
+from distnorm.norms.kernels import is_plain
 
 GATHER_UP_TO = 16
 """Groups of more ranks sum float64 numbers instead: a gather's cost grows with the ranks, a sum's does not.
@@ -50,7 +51,7 @@ def pool(own_K: Tensor, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tens
 
     Collective: 1 gather of K numbers; with more than 16 ranks, unless in float64, 1 sum of K float64 numbers.
     """
-    on_host = own_K.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = own_K.device.type == "cpu" and is_plain(own_K)
     if len(ranks) > GATHER_UP_TO and own_K.dtype != torch.float64:
         moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, what).wait())
         total = float(moments.count) if on_host else moments.count
