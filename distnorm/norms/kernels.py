@@ -10,6 +10,7 @@ Legend: N samples, C channels, * positions, K = 2C + 1: mean, variance and count
 import torch
 from torch import Tensor
 
+from distnorm.collectives import PendingSum
 from distnorm.moments import Moments, statistics_dtype
 
 _MOST_IN_A_ROW = 2048
@@ -167,7 +168,7 @@ def input_gradient(
     scale_C: Tensor,
     mean_C: Tensor,
     invstd_C: Tensor,
-    sums_2C: Tensor,
+    pending: PendingSum,
     count: Tensor | float,
 ) -> Tensor:
     """Compute scale · (dy - sum(dy) / count - xhat · sum(dy · xhat) / count), xhat = (x - mean) · invstd.
@@ -178,25 +179,26 @@ def input_gradient(
         scale_C: weight · invstd.
         mean_C: of the pooled batch.
         invstd_C: 1 / sqrt(var + eps) of the pooled batch.
-        sums_2C: what `gradient_sums` gave, summed over the ranks; is overwritten.
+        pending: what `gradient_sums` gave, being summed over the ranks.
         count: values a channel of the pooled batch.
 
     Shape: dy, x [N, C, *], dense and alike; scale, mean, invstd [C] of the statistics' dtype; result like x.
     """
     dtype = mean_C.dtype
+    share = 1 / count.to(dtype).clamp(min=1) if isinstance(count, Tensor) else 1 / max(count, 1.0)
     if x.is_cuda and is_plain(x):
-        dy_C, dy_xhat_C = sums_2C.chunk(2)
         total = torch.as_tensor(count, dtype=torch.int32, device=x.device).view(1)
-        weight_C = scale_C / invstd_C
+        weight_C, dy_C, dy_xhat_C = scale_C / invstd_C, *pending.wait().chunk(2)
         return torch.batch_norm_backward_elemt(dy, x, mean_C, invstd_C, weight_C, dy_C, dy_xhat_C / invstd_C, total)
-    sums_2C = sums_2C / count.to(dtype).clamp(min=1) if isinstance(count, Tensor) else sums_2C.div_(max(count, 1.0))
-    mean_dy_C, mean_dy_xhat_C = sums_2C.chunk(2)
-    on_x_C = (mean_dy_xhat_C * invstd_C).mul_(scale_C)
-    alone_C = torch.addcmul(on_x_C * mean_C, scale_C, mean_dy_C, value=-1)
+    mean_scale_C = scale_C * share  # what does not depend on the sums is computed while they travel
+    on_x_C = mean_scale_C * invstd_C
+    at_mean_C, wide_scale_C = on_x_C * mean_C, wide(scale_C, x)
+    dy_C, dy_xhat_C = pending.wait().chunk(2)
+    alone_C = torch.addcmul(dy_xhat_C * at_mean_C, dy_C, mean_scale_C, value=-1)
+    wide_on_x_C = wide(on_x_C * dy_xhat_C, x)
     if x.dtype != dtype or not is_plain(x):
-        gradient = dy.to(dtype) * wide(scale_C, x) + (wide(alone_C, x) - x.to(dtype) * wide(on_x_C, x))
-        return gradient.to(x.dtype)
-    return _affine(dy, scale_C, alone_C, None).addcmul_(x, wide(on_x_C, x), value=-1)
+        return (dy.to(dtype) * wide_scale_C + (wide(alone_C, x) - x.to(dtype) * wide_on_x_C)).to(x.dtype)
+    return _affine(dy, scale_C, alone_C, None).addcmul_(x, wide_on_x_C, value=-1)
 
 
 def is_plain(x: Tensor) -> bool:
