@@ -108,9 +108,8 @@ def normalize(
     source, from_C = x, mean_C
     if scratch is not None and scratch[1] is not None:
         source, from_C = scratch[0], mean_C - scratch[1]
-    shift_C = (from_C * -scale_C).to(dtype)
-    if bias is not None:
-        shift_C = shift_C + bias
+    shift_C = from_C * -scale_C if bias is None else torch.addcmul(bias, from_C, scale_C, value=-1)  # rounded once
+    shift_C = shift_C.to(dtype)
     return _affine(source, scale_C, shift_C, None if scratch is None else scratch[0])
 
 
