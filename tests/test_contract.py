@@ -109,11 +109,19 @@ def one_value(sizes, shape, mask_shape):
 
 @pytest.mark.parametrize(
     ("sizes", "shape", "mask_shape"),
-    [([1, 0], (3,), None), ([0, 1, 0, 0], (3, 1, 1), None), ([4, 3], (3,), ()), ([0, 2], (3, 4), (4,)), ([1], (3, 1), None)],
+    [
+        ([1, 0], (3,), None),
+        ([0, 1, 0, 0], (3, 1, 1), None),
+        ([4, 3], (3,), ()),
+        ([0, 2], (3, 4), (4,)),
+        ([1], (3, 1), None),
+    ],
 )
 def test_one_value_a_channel_is_refused_on_all_ranks_alike(sizes, shape, mask_shape):
     for message, unmoved, finite, tracked in ranks.run(one_value, sizes, shape, mask_shape, world=len(sizes)):
-        assert f"head.bn has 1 value a channel over its whole group of {len(sizes)} ranks; a variance needs 2" in message
+        assert (
+            f"head.bn has 1 value a channel over its whole group of {len(sizes)} ranks; a variance needs 2" in message
+        )
         assert "data.device_batch, norm.sync_ranks" in message
         assert "norm=group" in message
         assert unmoved == UNMOVED

@@ -42,15 +42,21 @@ def train_filled(x, dy, weight, bias, masks, fills, layouts, options):
     found = []
     for fill in fills:
         for layout in layouts:
-            padded = [part.masked_fill(~full(mask, part).unsqueeze(1), fill) for part, mask in zip(x, masks, strict=True)]
-            grads = [part.masked_fill(~full(mask, part).unsqueeze(1), 7.0) for part, mask in zip(dy, masks, strict=True)]
+            padded = [
+                part.masked_fill(~full(mask, part).unsqueeze(1), fill) for part, mask in zip(x, masks, strict=True)
+            ]
+            grads = [
+                part.masked_fill(~full(mask, part).unsqueeze(1), 7.0) for part, mask in zip(dy, masks, strict=True)
+            ]
             found.append(steps.train(padded, grads, weight, bias, layout, masks=masks, **options))
     return found
 
 
 @pytest.mark.parametrize("dimensions", [2, 3, 4, 5])
 @pytest.mark.parametrize(
-    ("sizes", "empty_rank"), [([5], None), ([3, 4], None), ([3, 4], 0), ([2, 0, 4, 3], None), ([2, 3, 4, 3], 1)], ids=str
+    ("sizes", "empty_rank"),
+    [([5], None), ([3, 4], None), ([3, 4], 0), ([2, 0, 4, 3], None), ([2, 3, 4, 3], 1)],
+    ids=str,
 )
 def test_padded_equals_unpadded_on_all_ranks(sizes, empty_rank, dimensions):
     shape = steps.POSITIONS[dimensions]
