@@ -1,4 +1,4 @@
-"""In the place of torch's own layers: same arguments, same conversion, same behaviour under every option and wrapper."""
+"""In the place of torch's own layers: same arguments, conversion and behaviour under every option and wrapper."""
 
 import copy
 import inspect
@@ -137,7 +137,7 @@ def convert_and_train(x):
     assert len(seen) == 4
     hook.remove()  # a local function does not pickle
     with pytest.raises(
-        ConfigError, match="got a DistributedDataParallel model. Convert before wrapping, or pass model.mod"
+        ConfigError, match=r"got a DistributedDataParallel model\. Convert before wrapping, or pass model\.mod"
     ):
         SyncBatchNorm.convert_sync_batchnorm(wrapped)
     buffer = io.BytesIO()

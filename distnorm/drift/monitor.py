@@ -64,7 +64,8 @@ class DriftMonitor(Callback):
         interval: steps between measurements.
 
     Collective: 1 gather of 4C + 1 float numbers a layer that is not synchronized over the world (or over a world
-        of more than 16 ranks), all in one, an interval; none where all layers are. Every rank measures in the same steps.
+        of more than 16 ranks), all in one, an interval; none where all layers are. Every rank measures in the same
+        steps.
     """
 
     def __init__(self, interval: int = 10) -> None:
