@@ -19,6 +19,7 @@ from distnorm.targets import build
 def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     """Run one experiment on this rank, and return its metrics."""
     from distnorm.callbacks import EvaluationStatistics
+    from distnorm.diagnosis import RankDiagnosis
     from distnorm.drift.monitor import DriftMonitor
     from distnorm.launch.checkpoints import test
     from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
@@ -35,6 +36,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     throughput = Throughput(settings.device_batch * ranks.world_size)
     drift = DriftMonitor(settings.drift.interval)
     callbacks = [EvaluationStatistics(spec), throughput, make_progress(settings.trainer.progress_every_s, throughput)]
+    callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
     callbacks += [drift] if settings.drift.kind != "none" else []
     loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)
     trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)

@@ -1,5 +1,6 @@
 """Distributed training with the normalization batch you choose, on whatever devices you have."""
 
+from distnorm.agreement import check_ranks as check_ranks
 from distnorm.checkpoint import load as load
 from distnorm.convert import Conversion as Conversion
 from distnorm.convert import convert as convert

@@ -74,6 +74,22 @@ class Conversion:
             _restore(self._snapshots.pop())
         return self.model
 
+    def check(self) -> None:
+        """Make sure that every converted layer still is what `convert` made it; after `revert` there is none.
+
+        Raises:
+            ConfigError: one was replaced: torch's and Lightning's own conversions take any batch norm, ours too.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for name, made in zip([row.name for row in self.layers], self._snapshots, strict=False):
+            now = modules.get("" if name == "(the model)" else name)
+            if type(now) is not type(made.module):
+                cls = f"{type(now).__module__.partition('.')[0]}.{type(now).__name__}"
+                raise ConfigError(
+                    f"convert() made {name} a distnorm.{type(made.module).__name__}, and now it is a {cls}.\n"
+                    "Leave out Trainer(sync_batchnorm=True), and do not call convert_sync_batchnorm after convert().",
+                )
+
     def __str__(self) -> str:
         """Draw the table: layer, channels, was, is, normalization batch, why."""
         rows = [(r.name, str(r.channels), r.was, r.now, str(r.normalization_batch), r.why) for r in self.layers]

@@ -42,3 +42,16 @@ def divisors_in_words(number: int) -> str:
     """Spell the divisors of `number`: `"1, 2 or 4"`."""
     found = [str(d) for d in range(1, number + 1) if number % d == 0]
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])} or {found[-1]}"
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """Name ranks: `"rank 2"`, `"ranks 0, 1, 3"`, and of more than 8 the runs: `"ranks 0-6, 8-1023"`."""
+    found = sorted(ranks)
+    if len(found) > 8:
+        there = set(found)
+        first = [r for r in found if r - 1 not in there]
+        last = [r for r in found if r + 1 not in there]
+        names = [str(a) if a == b else f"{a}-{b}" for a, b in zip(first, last, strict=True)]
+    else:
+        names = [str(r) for r in found]
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(names)}"

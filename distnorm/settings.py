@@ -98,6 +98,7 @@ class Settings(_Strict):
         description="a whole number from 0 to 4294967295", examples=[0]
     )
     ckpt_path: str | None
+    debug: Flag
     runs_dir: str
     data: Node
     model: Node

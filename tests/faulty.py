@@ -17,3 +17,27 @@ class RaisesOnRank1(ResNet):
         if self.calls == 5 and os.environ.get("RANK") == "1":
             raise ValueError("the label file is corrupt")
         return super().forward(x)
+
+
+class DiesOnRank1(ResNet):
+    """Ends rank 1 without a word before the second stage of its fifth training forward."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 5 and os.environ.get("RANK") == "1":
+            self.stages[1].register_forward_pre_hook(lambda *_: os._exit(7))
+        return super().forward(x)
+
+
+class BranchesOnRank1(ResNet):
+    """Runs its layers twice in rank 1's third training forward."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        if self.calls == 3 and os.environ.get("RANK") == "1":
+            super().forward(x)
+        return super().forward(x)

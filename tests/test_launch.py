@@ -52,6 +52,32 @@ def finish(process, timeout_s):
     return output, time.monotonic() - started
 
 
+def faulty(model, folder, *overrides):
+    """Train with a model that goes wrong; what was printed."""
+    quick = ("trainer=cpu_ddp", "norm=sync", "logger.mode=disabled", "drift=none", "trainer.timeout_s=60")
+    process = runs.start(*quick, f"model._target_=tests.faulty.{model}", *overrides, folder=folder)
+    output, _ = finish(process, 120)
+    assert process.returncode == 1
+    return output
+
+
+def test_the_launcher_says_who_left_before_which_layer(tmp_path):
+    output = faulty("DiesOnRank1", tmp_path)
+    words, _, last = output.strip().splitlines()[-3:]
+    assert last.startswith("rank 1 failed first: it ended by exit code 7")
+    assert words.startswith(
+        "rank 1 left before stages.1.0.bn1 (step 4); rank 0 waits in its forward; "
+        "rank 1 was past stages.0.0.bn2 forward (step 4)"
+    )
+
+
+def test_debug_ends_a_run_where_the_ranks_part(tmp_path):
+    output = faulty("BranchesOnRank1", tmp_path, "debug=true")
+    last = output[output.index("failed first, with GroupError") :]
+    assert "rank 0 is at stages.2.0.shortcut.1 backward, rank 1 is at bn forward (step 2)." in last
+    assert "Every rank must run the same layers" in last
+
+
 def no_process_is_left(process):
     return not runs.descendants(process)
 
@@ -76,6 +102,7 @@ def test_a_rank_that_raises_ends_the_run_and_is_named_last(tmp_path):
     assert "Traceback" in last
     assert "ValueError: the label file is corrupt" in last
     assert "rank 0 failed" not in last
+    assert "rank 1 left before bn (step 4); rank 0 waits in its forward" in output[: -len(last)]
     runs.wait_for(lambda: no_process_is_left(process), 10)
 
 

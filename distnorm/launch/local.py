@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
 
@@ -67,6 +68,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         except ChildFailedError as error:
             raise RankError(_describe(error, run, started)) from None
         except SignalException as error:
+            print(*_where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
@@ -122,6 +124,7 @@ def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
     notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
     first = _first(error, notes)
     lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
+    lines += _where_the_ranks_were(run, started)
     if first:
         lines.append(f"rank {first} wrote {run.log_of(first)}")
     if first in notes:
@@ -133,21 +136,28 @@ def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
     return "\n".join(lines)
 
 
+def _where_the_ranks_were(run: RunFolder, started: float) -> list[str]:
+    """Say who left before which layer and who waited there, in one line; none before the first exchange."""
+    sentence = whereabouts.in_words(positions.read(run.ranks, started))
+    return [sentence] if sentence else []
+
+
 def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
-    """Find the first failure. A rank that lost its peer is not the first; one killed by a signal is."""
+    """Find the first failure. A rank that lost its peer is not the first; one that ended without a word is."""
     own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
     if own_fault:
         return min(own_fault, key=lambda rank: notes[rank]["time"])
-    killed = [rank for rank, failure in error.failures.items() if _was_killed(failure) and rank not in notes]
-    if killed:
-        return killed[0]
+    silent = [rank for rank, failure in error.failures.items() if rank not in notes and not _was_ended(failure)]
+    if silent:
+        return silent[0]
     return min(notes, key=lambda rank: notes[rank]["time"]) if notes else min(error.failures)
 
 
-def _was_killed(failure: ProcessFailure) -> bool:
-    return failure.exitcode < 0 and -failure.exitcode not in (signal.SIGTERM, signal.SIGINT)
+def _was_ended(failure: ProcessFailure) -> bool:
+    """Tell whether it was the launcher that ended this rank, for another's sake."""
+    return -failure.exitcode in (signal.SIGTERM, signal.SIGINT)
 
 
 def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
-    files = (run.path / "ranks").glob("rank*.error.json")
+    files = run.ranks.glob("rank*.error.json")
     return [(int(file.name.removeprefix("rank").removesuffix(".error.json")), file) for file in files]

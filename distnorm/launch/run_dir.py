@@ -48,13 +48,18 @@ class RunFolder:
         """File of the final metrics and what led to them."""
         return self.path / "result.json"
 
+    @property
+    def ranks(self) -> Path:
+        """Folder of what each rank leaves: its output, its position, the exception that ended it."""
+        return self.path / "ranks"
+
     def log_of(self, rank: int) -> Path:
         """File of what a rank prints, rank 0 apart, whose output is the console's."""
-        return self.path / "ranks" / f"rank{rank}.log"
+        return self.ranks / f"rank{rank}.log"
 
     def error_of(self, rank: int) -> Path:
         """File of the exception that ended a rank."""
-        return self.path / "ranks" / f"rank{rank}.error.json"
+        return self.ranks / f"rank{rank}.error.json"
 
     def write_settings(self, settings: Settings) -> None:
         """Keep the resolved configuration: the ranks read it, and so does whoever repeats the run."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distnorm.moments import Moments
 from distnorm.norms import exchange
+from distnorm.norms.kernels import is_plain
 
 GATHER_UP_TO = 16
 """Groups of more ranks sum float64 numbers instead: a gather's cost grows with the ranks, a sum's does not.
@@ -50,7 +51,7 @@ def pool(own_K: Tensor, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tens
 
     Collective: 1 gather of K numbers; with more than 16 ranks, unless in float64, 1 sum of K float64 numbers.
     """
-    on_host = own_K.device.type == "cpu" and not torch.compiler.is_compiling()
+    on_host = own_K.device.type == "cpu" and is_plain(own_K)
     if len(ranks) > GATHER_UP_TO and own_K.dtype != torch.float64:
         moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, what).wait())
         total = float(moments.count) if on_host else moments.count
@@ -73,9 +74,15 @@ def _merge_on_host(rows_RK: Tensor) -> Pooled:
     """`Moments.merged`, in half as many operations: on the CPU the counts can simply be read."""
     channels = rows_RK.shape[1] // 2
     mean_RC, var_RC, count_R1 = rows_RK.double().split((channels, channels, 1), 1)
-    total = sum(count_R1.flatten().tolist())
-    share_R1 = count_R1 * (1 / max(total, 1.0))
-    mean_C = (mean_RC * share_R1).sum(0)
-    off_RC = mean_RC - mean_C
-    var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
+    counts = count_R1.flatten().tolist()
+    total = sum(counts)
+    if counts.count(counts[0]) == len(counts):
+        mean_C = mean_RC.mean(0)
+        off_RC = mean_RC - mean_C
+        var_C = torch.addcmul(var_RC, off_RC, off_RC).mean(0)
+    else:
+        share_R1 = count_R1 * (1 / total)
+        mean_C = (mean_RC * share_R1).sum(0)
+        off_RC = mean_RC - mean_C
+        var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
     return Pooled.of(mean_C, var_C, total, rows_RK.dtype)

@@ -80,7 +80,8 @@ class _Normalize(torch.autograd.Function):
         _save(ctx, x, weight, mean_C, invstd_C, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.ranks, ctx.name, ctx.passed = ranks, name, passed
-        return kernels.normalize(x, mean_C if exact_mean_C is None else exact_mean_C, invstd_C, weight, bias, scratch)
+        exact_mean_C = mean_C if exact_mean_C is None else exact_mean_C
+        return kernels.normalize(x, exact_mean_C, mean_C, invstd_C, weight, bias, scratch)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,10 +99,11 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     pending = exchange.start_sum(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, f"{ctx.name} backward")
     dweight = dy_xhat_C.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
     dbias = dy_C.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
+    scale_C = invstd_C if weight is None else invstd_C * weight.to(invstd_C.dtype)
     sums_2C = pending.wait()
     if not ctx.needs_input_grad[0]:
         return None, dweight, dbias
-    return kernels.input_gradient(dy, x, weight, mean_C, invstd_C, sums_2C, count), dweight, dbias
+    return kernels.input_gradient(dy, x, scale_C, mean_C, invstd_C, sums_2C, count), dweight, dbias
 
 
 def _gradient_to_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

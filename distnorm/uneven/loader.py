@@ -9,7 +9,7 @@ from typing import Any, Generic, NoReturn, TypeVar, cast
 from torch import nn
 
 from distnorm import collectives
-from distnorm.errors import ConfigError, GroupError
+from distnorm.errors import ConfigError, GroupError, ranks_in_words
 from distnorm.uneven.batch import count_samples, empty_like
 from distnorm.uneven.layers import intolerant_layer
 from distnorm.uneven.notice import PendingNotice, start_notice
@@ -170,7 +170,7 @@ class EvenLoader(Generic[Batch]):
         lengths = self._agree_on_lengths()
         without = [r for r, length in enumerate(lengths) if length is None]
         if without:
-            raise TypeError(f"EvenLoader has no len(): the loader of {collectives.ranks_in_words(without)} has none.")
+            raise TypeError(f"EvenLoader has no len(): the loader of {ranks_in_words(without)} has none.")
         return max(length or 0 for length in lengths)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -218,7 +218,7 @@ class EvenLoader(Generic[Batch]):
         if self._timeout_s is not None and source.seconds > self._timeout_s and (gone := notice.given_up()):
             raise GroupError(
                 f"The loader of rank {collectives.rank()} took {source.seconds:.3g} s for {what}; "
-                f"{collectives.ranks_in_words(gone)} gave up after timeout_s={self._timeout_s}.\n"
+                f"{ranks_in_words(gone)} gave up after timeout_s={self._timeout_s}.\n"
                 "Load faster (more num_workers), or give EvenLoader a longer timeout_s.",
             )
         rows = self._hear_places(notice, what)
@@ -242,7 +242,7 @@ class EvenLoader(Generic[Batch]):
         """Do what is needed before the first empty batch of a pass; every rank gets here, for all have read `rows`."""
         if self._model is not None:
             dry = [r for r, row in enumerate(rows) if row[0] == DONE]
-            self._refuse_layers(self._model, f"{collectives.ranks_in_words(dry)} ran out first")
+            self._refuse_layers(self._model, f"{ranks_in_words(dry)} ran out first")
         if any(row[4] for row in rows):
             offered = collectives.agree(self._empty, "the structure of an empty batch")
             if self._empty is None:
@@ -282,7 +282,7 @@ def _raise_failure(own: Exception | None, what: str) -> NoReturn:
     every = collectives.agree(words, "the news of a loader that raised")
     failed = [r for r, text in enumerate(every) if text is not None]
     raise GroupError(
-        f"The loader of {collectives.ranks_in_words(failed)} raised at {what}: {every[failed[0]]}\n"
+        f"The loader of {ranks_in_words(failed)} raised at {what}: {every[failed[0]]}\n"
         "All ranks stop here. The traceback of the rank that raised has the cause.",
     ) from own
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distnorm import collectives
-from distnorm.errors import GroupError
+from distnorm.errors import GroupError, ranks_in_words
 
 _ROLL_CALL_S = 2.0
 
@@ -42,7 +42,7 @@ class PendingNotice:
             absent = sorted(set(range(collectives.world_size())) - set(came))
             if not (came and absent):
                 collectives.raise_named(error, range(collectives.world_size()), self._what)
-            missing, waiting = collectives.ranks_in_words(absent), collectives.ranks_in_words(came)
+            missing, waiting = ranks_in_words(absent), ranks_in_words(came)
             raise GroupError(
                 f"{missing} did not come to {self._what}; {waiting} did, and waited {waited_s:.3g} s.\n"
                 "Look at what the missing ones print; where they are only slow, give a longer timeout.",

@@ -1,0 +1,20 @@
+"""Ranks, their groups and the few exchanges that distnorm makes: the only room that talks to `torch.distributed`.
+
+A layer never holds a process group; it names its ranks (`sync_ranks` or `group_ranks`) and asks here, so that it can be
+copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
+"""
+
+from distnorm.collectives.exchange import PendingSum as PendingSum
+from distnorm.collectives.exchange import agree as agree
+from distnorm.collectives.exchange import gather as gather
+from distnorm.collectives.exchange import raise_named as raise_named
+from distnorm.collectives.exchange import start_notice as start_notice
+from distnorm.collectives.exchange import start_sum as start_sum
+from distnorm.collectives.groups import adopt as adopt
+from distnorm.collectives.groups import members as members
+from distnorm.collectives.groups import set_debug as set_debug
+from distnorm.collectives.world import agreed_through_launcher as agreed_through_launcher
+from distnorm.collectives.world import rank as rank
+from distnorm.collectives.world import start_ranks as start_ranks
+from distnorm.collectives.world import store as store
+from distnorm.collectives.world import world_size as world_size

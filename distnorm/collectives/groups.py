@@ -1,0 +1,149 @@
+"""Which ranks pool together, and the process groups that carry it.
+
+Every group is made by all ranks of the world, members or not, in the same order; a new world forgets the old one's.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+
+from distnorm.collectives.world import is_running, rank, timeout, world_size
+from distnorm.errors import ConfigError, divisors_in_words
+
+Ranks = tuple[int, ...]
+
+_groups: dict[Ranks, Any] = {}
+_groups_of: Any = None
+_members: dict[tuple[int | None, Ranks | None], Ranks] = {}
+_control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
+_adopted: set[Ranks] = set()  # made by the user, on the ranks that the user chose
+_twins: dict[Ranks, Any] = {}  # of each group, a gloo group of the same ranks for headers
+_debug = False
+
+
+def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """Name the ranks that pool with this one, and make their process group where there is none yet.
+
+    Args:
+        sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
+        group_ranks: an arbitrary subset instead; a rank outside it stays alone.
+
+    Returns:
+        Rank numbers in ascending order, this rank's among them.
+
+    Collective: the first call for a partition must be reached by *every* rank of the world, members or not: nccl can
+        split a communicator only so. Later calls: none.
+
+    Raises:
+        ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order.
+    """
+    if not is_running():
+        _check_sync_ranks(sync_ranks)
+        return (0,)
+    _forget_other_worlds()
+    asked = (sync_ranks, group_ranks)
+    if asked not in _members:
+        _members[asked] = _find_members(sync_ranks, group_ranks)
+    return _members[asked]
+
+
+def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -> tuple[int, ...]:
+    me, world = rank(), world_size()
+    _check_sync_ranks(sync_ranks)
+    if world == 1:
+        return (0,)
+    if group_ranks is not None:
+        if sorted(set(group_ranks)) != list(group_ranks) or not set(group_ranks) <= set(range(world)):
+            raise ConfigError(
+                f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
+                f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
+            )
+        if group_ranks not in _adopted and group_ranks != (me,):
+            _make_groups((group_ranks,))
+        return group_ranks if me in group_ranks else (me,)
+    size = world if sync_ranks is None else sync_ranks
+    if world % size:
+        raise ConfigError(
+            f"sync_ranks={size} does not divide world_size={world}. Use {divisors_in_words(world)}.",
+        )
+    _make_groups(tuple(tuple(range(first, first + size)) for first in range(0, world, size)))
+    return tuple(range(me - me % size, me - me % size + size))
+
+
+def _check_sync_ranks(sync_ranks: int | None) -> None:
+    if sync_ranks is not None and sync_ranks < 1:
+        raise ConfigError(f"sync_ranks={sync_ranks} must be at least 1. Give a number of ranks, or None for all.")
+
+
+def adopt(process_group: Any) -> tuple[int, ...]:
+    """Take over a process group that the user has made, under the ranks it holds.
+
+    Returns:
+        Its ranks, for `group_ranks`; this rank alone, where it is not one of them.
+
+    Collective: none.
+    """
+    _forget_other_worlds()
+    if process_group is dist.group.WORLD:
+        return tuple(range(world_size()))
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        return (rank(),)
+    ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
+    if rank() not in ranks:
+        return (rank(),)
+    _groups.setdefault(ranks, process_group)
+    _adopted.add(ranks)
+    return ranks
+
+
+def set_debug(on: bool) -> None:
+    """Switch the check before every gather and sum that all ranks of the group are at the same one.
+
+    Collective: none here; later each takes 2 gathers more over gloo. Set it alike on all ranks.
+    """
+    global _debug  # noqa: PLW0603
+    _debug = on
+    _members.clear()  # whose groups have no twins yet
+
+
+def is_debugging() -> bool:
+    """Tell whether ranks compare their places before every exchange."""
+    return _debug
+
+
+def group_of(ranks: Ranks) -> Any:
+    """Give the process group of ranks that `members` named."""
+    return dist.group.WORLD if len(ranks) == dist.get_world_size() else _groups[ranks]
+
+
+def twin_of(ranks: Ranks) -> Any:
+    """Give the gloo group of the same ranks; `None` if the group was made before debugging was switched on."""
+    return control_group() if len(ranks) == dist.get_world_size() else _twins.get(ranks)
+
+
+def control_group() -> Any:
+    """Give the gloo group of all ranks that control messages take, whatever backend trains."""
+    global _control  # noqa: PLW0603
+    if _control[0] is not dist.group.WORLD:
+        _control = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout()))
+    return _control[1]
+
+
+def _forget_other_worlds() -> None:
+    global _groups_of  # noqa: PLW0603
+    if _groups_of is not dist.group.WORLD:
+        _groups.clear()
+        _adopted.clear()
+        _twins.clear()
+        _members.clear()
+        _groups_of = dist.group.WORLD
+
+
+def _make_groups(partition: tuple[Ranks, ...]) -> None:
+    """Make the process groups of a partition, on all ranks in the same order, with the timeout of the world."""
+    for ranks in partition:
+        part = 1 < len(ranks) < dist.get_world_size()
+        if part and ranks not in _groups:
+            _groups[ranks] = dist.new_group(list(ranks), timeout=timeout())
+        if part and _debug and ranks not in _twins:
+            _twins[ranks] = dist.new_group(list(ranks), backend="gloo", timeout=timeout())

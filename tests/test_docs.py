@@ -1,0 +1,26 @@
+"""The guides' examples run as they stand, one after the other, and their links lead somewhere."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT
+
+pytestmark = pytest.mark.unit
+
+GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```python" in path.read_text())
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_the_examples_run(guide):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.stem)
+def test_the_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), link
