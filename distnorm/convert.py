@@ -122,6 +122,11 @@ def convert(model: nn.Module, spec: NormSpec) -> Conversion:
         BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     norms = find_norms(model)
+    if not norms:
+        raise ConfigError(
+            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
+            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
+        )
     changes: list[tuple[str, nn.Module, Callable[[nn.Module, NormSpec], str]]] = []
     if spec.kind == "group_ws":
         changes += [(name, conv, _to_standardized) for name, conv in _convolutions_before(model, norms)]

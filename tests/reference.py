@@ -70,3 +70,58 @@ def batch_norm_on_joined(
         "running_mean": layer.running_mean,
         "running_var": layer.running_var,
     }
+
+
+def batch_norm(
+    x: Tensor,
+    dy: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> dict[str, Tensor]:
+    """One training step by the paper's formulas (Ioffe & Szegedy 2015, section 3), in numpy and float64.
+
+    Args:
+        x: [N, C, *], of any dtype, taken as it is rounded.
+        dy: gradient of the output.
+        weight: [C], or `None` for ones.
+        bias: [C], or `None` for zeros.
+        mask: [N, *], `True` where a value counts; all do, if `None`.
+        eps: added to the variance.
+        momentum: of running statistics that start at 0 and 1.
+    """
+    shape, channels = x.shape, x.shape[1]
+
+    def by_channel(t: Tensor) -> np.ndarray:
+        return np.moveaxis(t.double().numpy(), 1, 0).reshape(channels, -1)
+
+    def back(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.moveaxis(values.reshape(channels, shape[0], *shape[2:]), 0, 1).copy())
+
+    keep = np.ones(x[:, 0].numel(), bool) if mask is None else mask.expand(x[:, 0].shape).numpy().reshape(-1)
+    gain = np.ones(channels) if weight is None else weight.double().numpy()
+    shift = np.zeros(channels) if bias is None else bias.double().numpy()
+    values, grads = by_channel(x)[:, keep], by_channel(dy)[:, keep]
+    count, mean = values.shape[1], values.mean(1)
+    var = ((values - mean[:, None]) ** 2).mean(1)
+    invstd = 1 / np.sqrt(var + eps)
+    xhat = (values - mean[:, None]) * invstd[:, None]
+    y, dx = np.zeros_like(by_channel(x)), np.zeros_like(by_channel(x))
+    y[:, keep] = xhat * gain[:, None] + shift[:, None]
+    centred = grads - grads.mean(1)[:, None] - xhat * (grads * xhat).mean(1)[:, None]
+    dx[:, keep] = (gain * invstd)[:, None] * centred
+    return {
+        "y": back(y),
+        "dx": back(dx),
+        "dweight": torch.from_numpy((grads * xhat).sum(1)),
+        "dbias": torch.from_numpy(grads.sum(1)),
+        "running_mean": torch.from_numpy(momentum * mean),
+        "running_var": torch.from_numpy(1 - momentum + momentum * var * count / (count - 1)),
+    }
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Largest error, relative to the largest value."""
+    return float((found.double() - truth).abs().max() / truth.abs().max())

@@ -17,6 +17,7 @@ from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, f_median, 
 from distnorm.drift.monitor import DriftMonitor
 from distnorm.launch.trainer import make_ddp
 from distnorm.moments import Moments
+from distnorm.norms import pooling
 from tests import ranks, reference
 
 pytestmark = pytest.mark.unit
@@ -217,6 +218,29 @@ def test_every_layer_is_measured_once_an_interval_with_at_most_one_gather(kinds,
         assert gathers == ([] if set(kinds) == {"world"} else [2, 4, 6])
         assert hooks == [0, 0]
         assert rank == 0 or (own_rows, own_worst) == ({}, None)
+
+
+def train_summing(kinds):
+    """Body: as in a world of more than 16 ranks, where a layer sums and has no rank's moments."""
+    largest, pooling.GATHER_UP_TO = pooling.GATHER_UP_TO, 1
+    try:
+        return train(kinds)
+    finally:
+        pooling.GATHER_UP_TO = largest
+
+
+@pytest.mark.parametrize(
+    ("kinds", "world", "blocks"),
+    [(("world", "world"), 2, (PAIR, PAIR)), (("pairs", "world"), 4, ([[0, 1], [2, 3]], FOUR))],
+)
+def test_layers_that_sum_join_the_gather(kinds, world, blocks):
+    found = ranks.run(train_summing, kinds, world=world)
+    rows, _, gathers, _, _ = found[0]
+    assert gathers == sorted(rows) == [2, 4, 6]
+    for step, row in rows.items():
+        for layer, shared, momentum in zip(("1", "4"), blocks, (0.1, 0.3), strict=True):
+            ours = row[f"drift/{layer}/jeffreys"], row[f"drift/{layer}/jeffreys_max"]
+            assert ours == pytest.approx(expected(found, layer, step, shared, momentum), rel=1e-4, abs=1e-5)
 
 
 def test_a_single_process_compares_with_running_statistics_and_with_no_rank():

@@ -1,7 +1,7 @@
 """The drift monitor: a Lightning callback that measures every batch norm with running statistics, once an interval.
 
-Cost. Layers synchronized over the whole world hand over the moments of all ranks that their forward gathered anyway.
-All others join one packed gather an interval. Between intervals a hook returns at once. One device-to-host copy an
+Cost. Layers synchronized over a world of up to 16 ranks hand over the moments that their forward gathered anyway. All
+others join one packed gather an interval. Between intervals a hook returns at once. One device-to-host copy an
 interval.
 
 Legend: C channels, R ranks, B blocks of ranks that share statistics, K = 2C + 1 packed moments.
@@ -21,6 +21,7 @@ from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, excess_jeffreys, jeffreys_floor
 from distnorm.moments import Moments
+from distnorm.norms import pooling
 from distnorm.norms.sync import SyncBatchNorm
 
 _WINDOW = 25
@@ -62,8 +63,9 @@ class DriftMonitor(Callback):
     Args:
         interval: steps between measurements.
 
-    Collective: 1 gather of 4C + 1 float numbers a layer that is not synchronized over the world, all in one, an
-        interval; none where all layers are. Every rank measures in the same steps.
+    Collective: 1 gather of 4C + 1 float numbers a layer that is not synchronized over the world (or over a world
+        of more than 16 ranks), all in one, an interval; none where all layers are. Every rank measures in the same
+        steps.
     """
 
     def __init__(self, interval: int = 10) -> None:
@@ -127,7 +129,7 @@ class DriftMonitor(Callback):
             x = args[0]
             watched.reference = _reference(watched)
             watched.positions = x.shape[2:].numel()
-            if _block_size(layer) == 1:
+            if not 1 < _block_size(layer) <= pooling.GATHER_UP_TO:
                 watched.own = Moments.of(x).pack()
 
         return look
@@ -148,8 +150,8 @@ class DriftMonitor(Callback):
         return self._keep(numbers)
 
     def _gathered(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Gather the layers that share with fewer ranks than all; one that was not reached here sends zeros."""
-        watched = [w for w in self._watched if w.layer.training and not _shares_with_all(w.layer)]
+        """Gather the layers that do not gather from all ranks themselves; one that was not reached here sends zeros."""
+        watched = [w for w in self._watched if w.layer.training and not _gathers_from_all(w.layer)]
         if not watched:
             return {}
         parts = [torch.cat((_own_moments(w), _reference(w))).double() for w in watched]
@@ -167,7 +169,7 @@ class DriftMonitor(Callback):
         return {
             w.name: (w.layer.rank_moments, w.reference.expand(len(w.layer.rank_moments), -1))
             for w in self._watched
-            if isinstance(w.layer, SyncBatchNorm) and _shares_with_all(w.layer)
+            if isinstance(w.layer, SyncBatchNorm) and _gathers_from_all(w.layer)
             if w.reference is not None and w.layer.rank_moments is not None
         }
 
@@ -224,8 +226,8 @@ def _groups(layer: _BatchNorm, num_ranks: int) -> list[tuple[int, ...]]:
     return [tuple(range(first, first + size)) for first in range(0, num_ranks, size)]
 
 
-def _shares_with_all(layer: _BatchNorm) -> bool:
-    return 1 < _block_size(layer) == collectives.world_size()
+def _gathers_from_all(layer: _BatchNorm) -> bool:
+    return 1 < _block_size(layer) == collectives.world_size() <= pooling.GATHER_UP_TO
 
 
 def _own_moments(watched: _Watched) -> Tensor:

@@ -73,11 +73,10 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             self._passes = Passes()
         self._passes.keep(passed)
 
-    def _keep_with(self, y: Tensor) -> None:
+    def _keep_with(self, y: Tensor, passed: Pass) -> None:
         """Remember a pass that only has to be known again, as long as the graph of its output lives."""
         if torch.compiler.is_compiling():
             return
-        passed = Pass(None, None)
         if y.grad_fn is not None:
             y.grad_fn.metadata["distnorm"] = passed  # type: ignore[index]  # a property, that torch declares a method
         self._keep(passed)

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import SOURCES
 
 
@@ -72,15 +73,17 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
         y = torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
         if self.training:
-            if self._repeated() is None:
-                self._take_whole_batch(x.detach())
-            self._keep_with(y)
+            self._keep_with(y, self._take_whole_batch(x.detach()))
         return y
 
     @torch.no_grad()
-    def _take_whole_batch(self, x: Tensor) -> None:
+    def _take_whole_batch(self, x: Tensor) -> Pass:
         moments = Moments.of(x)
-        self._take_batch(moments.mean, moments.var, moments.count)
+        own_K = moments.pack()
+        repeated = self._repeated(own_K)
+        if repeated is None:
+            self._take_batch(moments.mean, moments.var, moments.count)
+        return repeated or Pass(own_K, None)
 
     def _normalize_ghost(self, x: Tensor) -> Tensor:
         if x.shape[0] == 0:  # torch refuses an empty batch; DDP needs `weight` and `bias` in the graph all the same

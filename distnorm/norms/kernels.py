@@ -141,11 +141,11 @@ def normalize(
     if x.is_cuda and is_plain(x):
         return torch.batch_norm_elemt(x, weight, bias, mean_C, invstd_C, 0.0)
     scale_C = invstd_C if weight is None else invstd_C * weight
-    source, from_C = x, mean_C
+    source, from_C = x, exact_mean_C  # far from zero the shift is rounded once, at its end
     if scratch is not None and scratch[1] is not None:
         source, from_C = scratch[0], (exact_mean_C - scratch[1]).to(dtype)
     shift_C = -from_C * scale_C if bias is None else torch.addcmul(bias, from_C, scale_C, value=-1)
-    return _affine(source, scale_C, shift_C, None if scratch is None else scratch[0])
+    return _affine(source, scale_C, shift_C.to(dtype), None if scratch is None else scratch[0])
 
 
 def gradient_sums(dy: Tensor, x: Tensor, mean_C: Tensor, invstd_C: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ class Pass:
     __slots__ = ("__weakref__", "own", "pooled", "used")
 
     def __init__(self, own: Tensor | None, pooled: Pooled | None) -> None:
-        self.own, self.pooled, self.used = own, pooled, False
+        self.own, self.pooled, self.used = own, pooled, 0
 
 
 class Passes:
@@ -35,7 +35,8 @@ class Passes:
     def keep(self, passed: Pass) -> None:
         """Remember a pass; whoever holds its graph must hold it, unless there is no graph."""
         self._living = [ref for ref in self._living if ref() is not None]
-        self._living.append(weakref.ref(passed))
+        if not passed.used:  # one that repeats another is in the list, in its place
+            self._living.append(weakref.ref(passed))
         if not torch.is_grad_enabled():
             unused = [old for old in self._without_graph if not old.used]
             self._without_graph = collections.deque([*unused, passed], maxlen=_KEPT)
@@ -43,20 +44,23 @@ class Passes:
     def repeated_by(self, own: Tensor | None) -> Pass | None:
         """Find the pass that a forward inside a backward repeats.
 
+        Of passes that look alike, on this rank, the one least used, and of those the last: a backward goes backwards.
+
         Args:
             own: this forward's own moments. One pass that was not repeated yet needs no comparison on an accelerator,
                 where that would wait for the device; else equal moments, bit for bit, are what tells passes apart.
         """
-        alive = [passed for ref in self._living if (passed := ref()) is not None]
+        alive = [passed for ref in reversed(self._living) if (passed := ref()) is not None]
         fresh = [passed for passed in alive if not passed.used]
         if own is None or (len(fresh) == 1 and own.device.type != "cpu"):
             candidates = fresh or alive
         else:
-            candidates = [p for p in fresh + alive if p.own is not None and torch.equal(p.own, own)]
+            candidates = [passed for passed in alive if passed.own is not None and torch.equal(passed.own, own)]
         if not candidates:
             return None
-        candidates[-1 if own is None else 0].used = True
-        return candidates[-1 if own is None else 0]
+        repeated = min(candidates, key=lambda passed: passed.used)
+        repeated.used += 1
+        return repeated
 
 
 def inside_backward() -> bool:

@@ -16,8 +16,7 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Collect the batch norms that can change their class, by name, in the model's order.
 
     Raises:
-        ConfigError: the model is wrapped in DDP, scripted, has a lazy norm or a subclass with its own forward, or no
-            batch norm at all.
+        ConfigError: the model is wrapped in DDP, scripted, or has a lazy norm or a subclass with its own forward.
     """
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ConfigError(
@@ -41,11 +40,6 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
                 f"layer {name!r} is a {type(module).__name__}, a batch norm with a forward of its own, that convert() "
                 "would drop.\nReplace it with nn.BatchNorm1d/2d/3d and what it does besides.",
             )
-    if not norms:
-        raise ConfigError(
-            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
-            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
-        )
     return norms
 
 

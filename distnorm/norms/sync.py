@@ -148,12 +148,12 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         self._check_input_dim(input)
         if mask is not None:
             mask = self._fit(mask, input)
-            input = input.masked_fill(~mask.unsqueeze(1), 0)  # noqa: A001
+            input = torch.where(mask.unsqueeze(1), input, 0)  # noqa: A001 — unlike masked_fill keeps channels-last
         if self.training or self.running_mean is None:
             y = self._normalize_with_batch(input, mask)
         else:
             y = self._normalize_with_running(input)
-        return y if mask is None else y.masked_fill(~mask.unsqueeze(1), 0)
+        return y if mask is None else torch.where(mask.unsqueeze(1), y, 0)
 
     def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         ranks = self.members()
@@ -165,12 +165,13 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
     def _normalize_alone(self, x: Tensor) -> Tensor:
         """Use torch's kernel, that keeps the running statistics itself."""
         self._rank_rows = None
-        tracks = self.training and self.track_running_stats and self._repeated() is None
+        repeated = self._repeated()
+        tracks = self.training and self.track_running_stats and repeated is None
         if tracks and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         mean, var = (self.running_mean, self.running_var) if tracks else (None, None)
         y = functional.batch_norm(x, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
-        self._keep_with(y)
+        self._keep_with(y, repeated or Pass(None, None))
         return y
 
     def _normalize_with_ranks(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -86,7 +86,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.passed is not None:
-            ctx.passed.used = True
+            ctx.passed.used += 1
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dx, dweight, dbias = (_gradient_to_differentiate if twice else _gradient)(ctx, dy)
         return dx, dweight, dbias, *(None,) * 8

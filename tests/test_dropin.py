@@ -1,0 +1,190 @@
+"""In the place of torch's own layers: same arguments, conversion and behaviour under every option and wrapper."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from distnorm import ConfigError, SyncBatchNorm, collectives
+from tests import ranks, reference, steps
+
+pytestmark = pytest.mark.unit
+
+OPTIONS = [
+    {"momentum": None},
+    {"momentum": 0.3, "eps": 0.1},
+    {"momentum": 0.0},
+    {"track_running_stats": False},
+    {"affine": False},
+    {"bias": False},
+    {"affine": False, "track_running_stats": False},
+]
+
+
+def test_the_constructor_takes_torchs_arguments_by_position():
+    torchs = list(inspect.signature(nn.SyncBatchNorm).parameters.values())
+    ours = inspect.signature(SyncBatchNorm).parameters
+    positional = [p for p in torchs if p.kind is not p.KEYWORD_ONLY]
+    assert list(ours)[: len(positional)] == [p.name for p in positional]
+    for parameter in torchs:
+        assert ours[parameter.name].default == parameter.default
+        assert ours[parameter.name].kind is parameter.kind
+    layer = SyncBatchNorm(3, 0.1, 0.2, True, True, None, "cpu", torch.float64)
+    assert (layer.eps, layer.momentum, layer.weight.dtype) == (0.1, 0.2, torch.float64)
+
+
+def train_with(options, x, frozen):
+    """Body: three steps and an evaluation of ours on this rank's shard, and of torch's on the joined batch."""
+    rank, world = collectives.rank(), collectives.world_size()
+    ours = SyncBatchNorm(3, dtype=torch.float64, **options)
+    theirs = nn.BatchNorm1d(3, dtype=torch.float64, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    per_rank = x.shape[1] // world
+    own_part = slice(rank * per_rank, (rank + 1) * per_rank)
+    for step, batch in enumerate((*x, x[0])):
+        training = step < len(x) and not (frozen and step)
+        ours.train(training), theirs.train(training)
+        own, joined = batch[own_part].clone().requires_grad_(), batch.clone().requires_grad_()
+        if not training and not options.get("track_running_stats", True):
+            joined = own.detach().clone().requires_grad_()  # evaluation is each rank's own
+        y, truth = ours(own), theirs(joined)
+        y.square().sin().sum().backward(), truth.square().sin().sum().backward()
+        own_truth = slice(None) if len(joined) == len(own) else own_part
+        torch.testing.assert_close(y, truth[own_truth], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(own.grad, joined.grad[own_truth], rtol=1e-10, atol=1e-10)
+        for (name, value), found in zip(theirs.state_dict().items(), ours.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+    return True
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option_is_torchs(options, frozen, world):
+    x = torch.randn(3, 6, 3, 4, dtype=torch.float64) * 3 + 2
+    assert ranks.run(train_with, options, x, frozen, world=world) == [True] * world
+
+
+def small_model():
+    shared = nn.BatchNorm1d(4)
+    return nn.Sequential(nn.Linear(3, 4), shared, nn.ReLU(), shared, nn.Linear(4, 2)).double()
+
+
+def converted_with_subsets(x, dy, weight, bias, subsets):
+    """Body: groups made by the user; every rank makes all of them, and gives the one that it is in, or its first."""
+    rank = collectives.rank()
+    groups = [dist.new_group(list(subset)) for subset in subsets]
+    mine = next((g for g, subset in zip(groups, subsets, strict=True) if rank in subset), groups[0])
+    found = []
+    for way in ("convert", "constructor"):
+        if way == "convert":
+            layer = SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(3, dtype=torch.float64), mine)
+        else:
+            layer = SyncBatchNorm(3, 1e-5, 0.1, True, True, mine, dtype=torch.float64)
+        with torch.no_grad():
+            layer.weight.copy_(weight), layer.bias.copy_(bias)
+        own = x[rank].clone().requires_grad_()
+        y = layer(own)
+        y.backward(dy[rank])
+        found.append((steps.results(layer, own, y), pickle.loads(pickle.dumps(layer)).group_ranks))
+    return found
+
+
+@pytest.mark.parametrize("subsets", [((0, 1), (2, 3)), ((0, 3), (1, 2)), ((1, 2, 3),)], ids=str)
+def test_process_groups_of_the_user_pool_and_the_others_stay_alone(subsets):
+    x, dy, weight, bias = steps.shards([2, 3, 4, 5], (4,), 1.0)
+    found = ranks.run(converted_with_subsets, x, dy, weight, bias, subsets, world=4)
+    alone = [(rank,) for rank in range(4) if not any(rank in subset for subset in subsets)]
+    for subset in (*subsets, *alone):
+        truth = reference.batch_norm(
+            torch.cat([x[r] for r in subset]), torch.cat([dy[r] for r in subset]), weight, bias
+        )
+        for way in range(2):
+            assert all(found[rank][way][1] == subset for rank in subset)
+            for key, value in steps.joined([found[rank][way][0] for rank in subset]).items():
+                torch.testing.assert_close(value, truth[key], rtol=1e-10, atol=1e-10)
+
+
+def convert_and_train(x):
+    """Body: an optimizer and a hook from before the conversion still work on the layer, in place."""
+    rank = collectives.rank()
+    torch.manual_seed(0)
+    model, whole = small_model(), small_model()
+    whole.load_state_dict(model.state_dict())
+    seen, keys, norm = [], list(model.state_dict()), model[1]
+    hook = norm.register_forward_hook(lambda *_: seen.append(1))
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (model, whole)]
+    assert SyncBatchNorm.convert_sync_batchnorm(model) is model
+    assert model[1] is model[3] is norm
+    assert type(norm) is SyncBatchNorm
+    assert list(model.state_dict()) == keys
+    wrapped = DistributedDataParallel(model)
+    for _ in range(2):
+        for optimizer, run, batch in zip(optimizers, (wrapped, whole), (x[rank * 4 : rank * 4 + 4], x), strict=True):
+            optimizer.zero_grad()
+            run(batch).square().mean().backward()
+            optimizer.step()
+    for value, truth in zip(model.state_dict().values(), whole.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-10, atol=1e-10)
+    assert len(seen) == 4
+    hook.remove()  # a local function does not pickle
+    with pytest.raises(
+        ConfigError, match=r"got a DistributedDataParallel model\. Convert before wrapping, or pass model\.mod"
+    ):
+        SyncBatchNorm.convert_sync_batchnorm(wrapped)
+    buffer = io.BytesIO()
+    torch.save(wrapped, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False).module
+    clones = [loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    outputs = [clone(x[:4] + rank).detach() for clone in (*clones, model)]
+    assert all(torch.equal(y, outputs[-1]) for y in outputs)
+    assert all(clone[1].running_mean is not norm.running_mean for clone in clones)
+    return True
+
+
+def test_a_converted_model_trains_copies_and_loads():
+    assert ranks.run(convert_and_train, torch.randn(8, 3, dtype=torch.float64), world=2) == [True] * 2
+
+
+def test_a_model_without_batch_norms_is_given_back_as_torch_does():
+    model = nn.Sequential(nn.Linear(3, 4), nn.GroupNorm(2, 4))
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(model) is model
+    assert SyncBatchNorm.convert_sync_batchnorm(model) is model
+
+
+def fully_sharded(policy):
+    """Body: three SGD steps, sharded and under DDP."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4), nn.Tanh(), nn.Linear(4, 2)).double()
+    twin = copy.deepcopy(ours)
+    options = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if policy else {}
+    fully_shard(twin, mesh=init_device_mesh("cpu", (2,)), **options)
+    wrapped = DistributedDataParallel(ours)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (ours, twin)]
+    torch.manual_seed(collectives.rank() + 1)
+    for _ in range(3):
+        x = torch.randn(4, 3, dtype=torch.float64)
+        for optimizer, model in zip(optimizers, (wrapped, twin), strict=True):
+            optimizer.zero_grad()
+            model(x).double().square().mean().backward()
+            optimizer.step()
+    tolerance = 0.05 if policy else 1e-10
+    for one, other in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.full_tensor(), one.data, rtol=tolerance, atol=tolerance)
+    for one, other in zip(ours.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(other, one, rtol=tolerance, atol=tolerance)
+    return True
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_fully_sharded_it_trains_as_under_ddp(mixed_precision):
+    assert ranks.run(fully_sharded, mixed_precision, world=2) == [True] * 2
