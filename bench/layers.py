@@ -15,13 +15,14 @@ class LocalWithCollectives(nn.BatchNorm2d):
 
     The exchanged values are zeros and nobody reads them. What is left out is all that pooling computes.
 
-    Collective: train: 1 gather of 2C + 1 floats forward, 1 sum of 2C floats before its own backward.
+    Collective: train: 1 gather of 2C + 1 doubles forward, 1 sum of 2C floats before its own backward.
     """
 
     def __init__(self, num_features: int) -> None:
         super().__init__(num_features)
         self.ranks = collectives.members(None)
-        self.gathered, self.summed = torch.zeros(2 * num_features + 1), torch.zeros(2 * num_features)
+        self.gathered = torch.zeros(2 * num_features + 1, dtype=torch.float64)
+        self.summed = torch.zeros(2 * num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)

@@ -7,6 +7,7 @@ the two bare exchanges (the limit), ours, and the naive way. On CUDA also torch'
 """
 
 import argparse
+import os
 import pickle
 import tempfile
 import time
@@ -70,6 +71,9 @@ def _run_everywhere(
 
 def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: int, warmup: int) -> None:
     torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # a rank that wanders between cores is timed with cold caches
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
     collectives.start_ranks(rank=rank, world_size=world, store_path=str(folder / "store"), timeout_s=GROUP_TIMEOUT_S)
     rows, found = _chosen(pattern), []
     for number, row in enumerate(rows, 1):
@@ -82,6 +86,7 @@ def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: in
             print(f"[{number}/{len(rows)}] {row.name}: {ratios}  ({took_s:.1f} s)", flush=True)
     if rank == 0:
         (folder / "rows").write_bytes(pickle.dumps(found))
+    collectives.end_ranks()
 
 
 def _run_cuda(_: int, folder: Path, pattern: str, repetitions: int) -> None:

@@ -55,7 +55,7 @@ class Moments:
             deviations = deviations.masked_fill(~weight, 0)
         off_C = deviations.sum(over) / divisor  # what rounding left of the mean
         m2_C = deviations.square().sum(over) - count * off_C.square()
-        return cls(count, rough_C + off_C, m2_C.clamp(min=0))
+        return cls(count.double(), rough_C.double() + off_C, m2_C.clamp(min=0).double())
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Moments":

@@ -14,6 +14,7 @@ from distnorm.collectives.groups import adopt as adopt
 from distnorm.collectives.groups import members as members
 from distnorm.collectives.groups import set_debug as set_debug
 from distnorm.collectives.world import agreed_through_launcher as agreed_through_launcher
+from distnorm.collectives.world import end_ranks as end_ranks
 from distnorm.collectives.world import rank as rank
 from distnorm.collectives.world import start_ranks as start_ranks
 from distnorm.collectives.world import store as store

@@ -40,6 +40,17 @@ def start_ranks(*, rank: int, world_size: int, store_path: str, timeout_s: float
     )
 
 
+def end_ranks() -> None:
+    """End what `start_ranks` began: once all ranks have come, each lets go of the group and its threads.
+
+    A process that leaves with a group alive may be aborted by a thread of gloo's.
+
+    Collective: 1 barrier over all ranks.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def agreed_through_launcher(value: str, *, key: str, rank: int, address: str, port: int, timeout_s: float = 60) -> str:
     """Agree on rank 0's `value` before there is a process group, through the store that torchrun keeps for its ranks.
 

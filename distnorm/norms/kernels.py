@@ -49,7 +49,7 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
         x: dense (see `dense`); may be empty.
         mask: which samples and positions count; all, if `None`.
 
-    Shape: x [N, C, *], mask [N, *]; statistics [K] of the statistics' dtype.
+    Shape: x [N, C, *], mask [N, *]; statistics [K] float64: a mean far from zero has more digits than float32 holds.
 
     Returns:
         Mean, biased variance and count in one tensor, ready to be gathered; and a buffer that `normalize` may use.
@@ -57,16 +57,14 @@ def measure(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Scratch | No
     count, dtype = x.numel() // x.shape[1], statistics_dtype(x.dtype)
     if mask is not None or not is_plain(x):
         moments = Moments.of(x, mask)
-        return torch.cat((moments.mean, moments.var, moments.count.unsqueeze(0))), None
-    share = 1 / count
+        return torch.cat((moments.mean, moments.var, moments.count.unsqueeze(0))).double(), None
+    count_1 = _constant(float(count), 1, torch.float64, x.device)
     if x.is_cuda:
-        mean_C, var_C = torch.batch_norm_update_stats(x, None, None, 0.0)
-        return torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device))), None
+        return torch.cat((*torch.batch_norm_update_stats(x, None, None, 0.0), count_1)), None
     wide_x = x if x.dtype == dtype else x.to(dtype)
     ready = None if planes_are_contiguous(x) else _measure_rows(wide_x)
-    mean_C, var_C, scratch = ready or _measure_deviations(wide_x, share)
-    packed = torch.cat((mean_C, var_C, _constant(float(count), 1, dtype, x.device)))
-    return packed, scratch if wide_x is x else None
+    mean_C, var_C, scratch = ready or _measure_deviations(wide_x, 1 / count)
+    return torch.cat((mean_C, var_C, count_1)), scratch if wide_x is x else None
 
 
 def _measure_rows(x: Tensor) -> tuple[Tensor, Tensor, None] | None:
@@ -80,7 +78,7 @@ def _measure_rows(x: Tensor) -> tuple[Tensor, Tensor, None] | None:
         )
         mean_BC, count_B = torch.stack(means), x.new_tensor([len(block) for block in blocks])
         moments = Moments(count_B, mean_BC, torch.stack(variances) * count_B.unsqueeze(-1)).merged()
-        mean_C, var_C = moments.mean.to(x.dtype), moments.var.to(x.dtype)
+        mean_C, var_C = moments.mean, moments.var
     near = float(torch.addcmul(var_C, mean_C, mean_C, value=-1 / _FAR_FROM_ZERO).amin()) >= 0  # of nan: no
     return (mean_C, var_C, None) if near else None
 
@@ -99,7 +97,7 @@ def _measure_deviations(x: Tensor, share: float) -> tuple[Tensor, Tensor, Scratc
             off_C, squares_C = off_C.view(-1, parts).sum(1), squares_C.view(-1, parts).sum(1)
     else:
         off_C, squares_C = centred.sum(over), centred.mul_(centred).sum(over)
-    mean_C = torch.add(pivot_C, off_C, alpha=share)
+    mean_C = torch.add(pivot_C.double(), off_C, alpha=share)
     var_C = torch.addcmul(squares_C, off_C, off_C, value=-share).mul_(share)
     return mean_C, var_C, (centred, pivot_C if parts else None)
 

@@ -37,11 +37,12 @@ class Pooled(NamedTuple):
         return cls(mean_C, mean_C.to(dtype), var_C.to(dtype), count)
 
 
-def pool(own_K: Tensor, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tensor | None]:
+def pool(own_K: Tensor, dtype: torch.dtype, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tensor | None]:
     """Pool this rank's moments with those of the others.
 
     Args:
-        own_K: mean, biased variance and count, of the statistics' dtype.
+        own_K: mean, biased variance and count, float64.
+        dtype: of the statistics.
         ranks: who pools.
         what: names the exchange in an error.
 
@@ -49,18 +50,18 @@ def pool(own_K: Tensor, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tens
         The pooled statistics, equal on all ranks bit for bit; and all ranks' own [R, K], `None` where they were summed
         and not gathered.
 
-    Collective: 1 gather of K numbers; with more than 16 ranks, unless in float64, 1 sum of K float64 numbers.
+    Collective: 1 gather of K float64 numbers; with more than 16 ranks, unless the statistics are float64, 1 sum.
     """
     on_host = own_K.device.type == "cpu" and is_plain(own_K)
-    if len(ranks) > GATHER_UP_TO and own_K.dtype != torch.float64:
+    if len(ranks) > GATHER_UP_TO and dtype != torch.float64:
         moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, what).wait())
         total = float(moments.count) if on_host else moments.count
-        return Pooled.of(moments.mean, moments.var, total, own_K.dtype), None
+        return Pooled.of(moments.mean, moments.var, total, dtype), None
     rows_RK = exchange.gather(own_K, ranks, what)
     if on_host:
-        return _merge_on_host(rows_RK), rows_RK
+        return _merge_on_host(rows_RK, dtype), rows_RK
     moments = unpack(rows_RK).merged()
-    return Pooled.of(moments.mean, moments.var, moments.count, own_K.dtype), rows_RK
+    return Pooled.of(moments.mean, moments.var, moments.count, dtype), rows_RK
 
 
 def unpack(rows_RK: Tensor) -> Moments:
@@ -70,10 +71,10 @@ def unpack(rows_RK: Tensor) -> Moments:
     return Moments(count, rows_RK[..., :channels], rows_RK[..., channels:-1] * count.unsqueeze(-1))
 
 
-def _merge_on_host(rows_RK: Tensor) -> Pooled:
+def _merge_on_host(rows_RK: Tensor, dtype: torch.dtype) -> Pooled:
     """`Moments.merged`, in half as many operations: on the CPU the counts can simply be read."""
     channels = rows_RK.shape[1] // 2
-    mean_RC, var_RC, count_R1 = rows_RK.double().split((channels, channels, 1), 1)
+    mean_RC, var_RC, count_R1 = rows_RK.split((channels, channels, 1), 1)
     counts = count_R1.flatten().tolist()
     total = sum(counts)
     if counts.count(counts[0]) == len(counts):
@@ -85,4 +86,4 @@ def _merge_on_host(rows_RK: Tensor) -> Pooled:
         mean_C = (mean_RC * share_R1).sum(0)
         off_RC = mean_RC - mean_C
         var_C = torch.addcmul(var_RC, off_RC, off_RC).mul_(share_R1).sum(0)
-    return Pooled.of(mean_C, var_C, total, rows_RK.dtype)
+    return Pooled.of(mean_C, var_C, total, dtype)

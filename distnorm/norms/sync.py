@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from distnorm import collectives
 from distnorm.errors import ShapeError
+from distnorm.moments import statistics_dtype
 from distnorm.norms import exchange, kernels
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.pooling import Pooled, pool, unpack
@@ -47,8 +48,8 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
 
     Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some. output: the same.
 
-    Collective: train: 1 gather of 2C + 1 floats forward (with more than 16 ranks in a group: 1 sum of 2C + 1 doubles),
-        1 sum of 2C floats backward, over the group; nothing when activation checkpointing repeats a forward; 2 sums of
+    Collective: train: 1 gather of 2C + 1 doubles forward (with more than 16 ranks in a group: 1 sum of as many), 1 sum
+        of 2C floats backward, over the group; nothing when activation checkpointing repeats a forward; 2 sums of
         2C more where the gradient is itself differentiated. eval: none. Every rank of the group must reach this layer
         in every training step, and run backward through it.
 
@@ -189,7 +190,7 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
 
     def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pooled:
         """Pool the moments of the group, and move the running statistics."""
-        pooled, rows_RK = pool(own_K, ranks, f"{self.name_in_words()} forward")
+        pooled, rows_RK = pool(own_K, statistics_dtype(x.dtype), ranks, f"{self.name_in_words()} forward")
         self._check_count(pooled.count, own_K, ranks, x, mask)
         if self.training:
             self._take_batch(pooled.mean, pooled.var, pooled.count)
