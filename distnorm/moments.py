@@ -1,8 +1,8 @@
 """Count, mean and summed squared deviation: what a norm measures, ranks pool and the drift monitor compares.
 
 Numerics. Everything is kept as deviations from a mean. E[x²] - E[x]² is never formed: in float32 at mean 1e3 and
-standard deviation 0.1 it gives a variance of -0.125. Half precision is measured in float32. A count travels as a float
-of the statistics' dtype: exact to 2^24 in float32, and beyond that right to its 24 bits.
+standard deviation 0.1 it gives a variance of -0.125. Deviations are summed in float32 or better; counts, means and what
+is merged are float64, of which there are few: a float32 mean of 1e4 has lost the digits that ranks differ in.
 
 Legend: N samples, C channels, L positions, R parts that are merged (ranks, chunks, batches).
 """
@@ -45,17 +45,17 @@ class Moments:
         if mask is not None:
             weight = mask.expand(x.shape[0], *x.shape[2:]).unsqueeze(1)
             values = values.masked_fill(~weight, 0)  # padding may be anything, also nan
-            count = weight.sum(dtype=values.dtype)
+            count = weight.sum(dtype=torch.float64)
         else:
-            count = values.new_full((), x.numel() // max(1, x.shape[1]))
-        divisor = count.clamp(min=1)
+            count = torch.full((), float(x.numel() // max(1, x.shape[1])), dtype=torch.float64, device=x.device)
+        divisor = count.to(values.dtype).clamp(min=1)
         rough_C = values.sum(over) / divisor
         deviations = values - rough_C.view(shape)
         if weight is not None:
             deviations = deviations.masked_fill(~weight, 0)
         off_C = deviations.sum(over) / divisor  # what rounding left of the mean
-        m2_C = deviations.square().sum(over) - count * off_C.square()
-        return cls(count.double(), rough_C.double() + off_C, m2_C.clamp(min=0).double())
+        m2_C = deviations.square().sum(over) - divisor * off_C.square()
+        return cls(count, rough_C.double() + off_C, m2_C.clamp(min=0).double())
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Moments":

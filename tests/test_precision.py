@@ -46,8 +46,6 @@ def test_float32_errs_little_in_every_layout(samples, shape, channels, draws, re
             total[key] = total[key] + errors / draws
     for key, (*ours, torchs) in total.items():
         allowed = max(1e-5, 2 * float(torchs)) if offset else 1e-5
-        if key in {"running_var", "dweight"}:  # a rank's mean travels in float32: its rounding is a difference of ranks
-            allowed = max(allowed * 1.25, offset * 2**-24)
         assert max(ours) <= allowed, (key, ours, torchs)
 
 

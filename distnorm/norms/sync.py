@@ -159,7 +159,9 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
     def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         ranks = self.members()
         alone = len(ranks) == 1 and mask is None and self.momentum is not None and x.numel() > self.num_features
-        if alone and (x.is_cuda or torch.compiler.is_compiling()):  # on the CPU ours is faster, and errs less
+        if alone and (
+            x.device.type != "cpu" or torch.compiler.is_compiling()
+        ):  # on the CPU ours is faster, and errs less
             return self._normalize_alone(x)
         return self._normalize_with_ranks(ranks, x, mask)
 
