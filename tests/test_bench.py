@@ -41,7 +41,7 @@ def test_quick_run_on_two_ranks_writes_every_field(tmp_path, capfd):
     assert content["geometric_means"]["layer"]["ours_to_limit"] == pytest.approx(
         row["ratios"]["ours_to_limit"]["median"]
     )
-    assert [set(target) for target in content["targets"]] == [{"name", "value", "holds"}] * 3
+    assert [set(target) for target in content["targets"]] == [{"name", "value", "holds"}] * 4
 
 
 def test_a_filter_that_fits_no_row_names_the_rows():
@@ -147,10 +147,10 @@ def measurement(kind, near, far):
 @pytest.mark.parametrize(
     ("found", "holds"),
     [
-        ([measurement("layer", 1.0, 2.0), measurement("layer", 1.2, 2.1)], [True, True, True]),
-        ([measurement("layer", 1.0, 1.0), measurement("layer", 1.3, 3.0)], [False, True, False]),
-        ([measurement("layer", 1.0, 2.0), measurement("network", 1.6, 1.0)], [True, False, True]),
-        ([measurement("network", 1.0, 3.0)], [False, True, False]),
+        ([measurement("layer", 1.0, 2.0), measurement("layer", 1.2, 2.1)], [True, True, True, True]),
+        ([measurement("layer", 1.0, 1.0), measurement("layer", 1.3, 3.0)], [False, False, True, False]),
+        ([measurement("layer", 1.0, 2.0), measurement("network", 1.6, 1.0)], [True, False, False, True]),
+        ([measurement("network", 1.0, 3.0)], [False, True, True, False]),
     ],
 )
 def test_targets(found, holds):
