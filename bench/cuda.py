@@ -77,7 +77,8 @@ def ours(channels: int) -> Callable[[Tensor], Tensor]:
     """Make our layer's synchronized path, and the two exchanges it would make."""
     layer = SyncBatchNorm(channels, device="cuda")
     forced = getattr(layer, FORCED)
-    gathered, summed = (torch.zeros(length, device="cuda") for length in (2 * channels + 1, 2 * channels))
+    gathered = torch.zeros(2 * channels + 1, dtype=torch.float64, device="cuda")
+    summed = torch.zeros(2 * channels, device="cuda")
 
     def add_sum(_: Tensor) -> None:
         dist.all_reduce(summed)

@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repetitions, warmup = (3, 1) if options.quick else (options.repetitions, 5)
     found, on_cuda = _run_everywhere(options.ranks, options.rows, repetitions, warmup)
     print(report.table(found))
-    report.write(options.json, found, on_cuda, options.ranks)
-    print(f"written to {options.json}")
+    part = RESULTS.with_suffix(".part.json")  # a quick look must not replace what was measured
+    path = options.json or (part if options.quick or options.rows else RESULTS)
+    report.write(path, found, on_cuda, options.ranks)
+    print(f"written to {path}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repetitions", type=int, default=60, help="samples of every variant (60)")
     parser.add_argument("--rows", default="", metavar="FILTER", help="only rows with this in their name")
     parser.add_argument("--quick", action="store_true", help="three repetitions: to see that it runs, not to measure")
-    parser.add_argument("--json", type=Path, default=RESULTS, metavar="PATH", help="where the results go")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where the results go (a whole run: bench/results)")
     return parser
 
 

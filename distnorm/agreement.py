@@ -33,9 +33,11 @@ def check_ranks(model: nn.Module, *, folder: str | Path | None = None, debug: bo
     DDP wraps it (whose constructor has a check of its own, that names no layer).
 
     Args:
-        model: with its layers as they will train. A distnorm layer that has no name yet is named after its place.
-        folder: keep every rank's position there, so that a timeout's error says who left before which layer; the cost
-            is about a microsecond an exchange. One folder for all ranks. `None` keeps none.
+        model: all that trains, with its layers as they will train; they are named after their places in it. A second
+            call replaces the first one's folder and debugging: put several models into one `nn.ModuleList`.
+        folder: keep every rank's position there, so that a timeout's error says who left before which layer (and in
+            which step, if `distnorm.positions.at_step(step)` was told); the cost is half a microsecond an exchange. One
+            folder for all ranks. `None` keeps none.
         debug: compare all ranks before every exchange of a layer, and raise at once on all of them where they differ.
             It takes 2 more exchanges each: slow.
 
@@ -49,7 +51,7 @@ def check_ranks(model: nn.Module, *, folder: str | Path | None = None, debug: bo
         >>> model = nn.Sequential(nn.Linear(4, 8), SyncBatchNorm(8))
         >>> check_ranks(model)  # torchrun has started the ranks, init_process_group has run
     """
-    name_layers(model)
+    name_layers(model, anew=True)
     started = compare(model, modes=True, debug=debug)
     prepare(model, None if folder is None else Path(folder), started, debug=debug)
 
@@ -98,6 +100,12 @@ def prepare(model: nn.Module, folder: Path | None, started: float, *, debug: boo
     for layer in model.modules():
         if isinstance(layer, SyncBatchNorm):
             collectives.members(layer.sync_ranks, layer.group_ranks)
+    if debug:  # a group that the user made is known on its members alone
+        named = [
+            layer.group_ranks for layer in model.modules() if isinstance(layer, SyncBatchNorm) and layer.group_ranks
+        ]
+        everyones = collectives.agree(named, "the groups of the layers")
+        collectives.make_twins(sorted({ranks for own in everyones for ranks in own}))
     positions.stop()
     if folder is None or collectives.world_size() == 1:
         return
@@ -107,10 +115,10 @@ def prepare(model: nn.Module, folder: Path | None, started: float, *, debug: boo
         warnings.warn(f"no positions are kept in '{folder}': {error}. A hang will not be explained.", stacklevel=2)
 
 
-def name_layers(model: nn.Module) -> None:
-    """Give each distnorm layer without a name its place in the model: errors carry it."""
+def name_layers(model: nn.Module, *, anew: bool = False) -> None:
+    """Give each distnorm layer without a name, or all of them `anew`, its place in the model: errors carry it."""
     for name, layer in _inner(model).named_modules():
-        if isinstance(layer, AbstractBatchStatisticsNorm) and not layer.layer_name:
+        if isinstance(layer, AbstractBatchStatisticsNorm) and (anew or not layer.layer_name):
             layer.layer_name = name
 
 

@@ -32,6 +32,10 @@ class LayerSync(layer_sync.LayerSync):
     """
 
     def __init__(self, spec: NormSpec | None = None, *, device_batch: int | None = None) -> None:
+        if spec is not None and not isinstance(spec, NormSpec):
+            raise ConfigError(
+                f"LayerSync got {spec!r}, that is no NormSpec. Give it device_batch=…, or what decide() made."
+            )
         if spec is not None and device_batch is not None:
             raise ConfigError(
                 f"LayerSync got a spec and device_batch={device_batch}. Give the decision, or what it depends on."

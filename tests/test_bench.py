@@ -24,7 +24,7 @@ def test_quick_run_on_two_ranks_writes_every_field(tmp_path, capfd):
     sync_batchnorm.main(["--quick", "--rows", "16x64x8x8 contiguous", "--json", str(path)])
     printed = capfd.readouterr().out
     assert "[1/1] 16x64x8x8 contiguous: ours to limit" in printed
-    assert printed.count("HOLD") + printed.count("holds:") == 3
+    assert printed.count("HOLD") + printed.count("holds:") == 4
     assert printed.endswith(f"written to {path}\n")
 
     content = json.loads(path.read_text())

@@ -13,7 +13,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distnorm import ConfigError, SyncBatchNorm, collectives
+from distnorm import (
+    ConfigError,
+    GroupError,
+    NormSpec,
+    ShapeError,
+    SyncBatchNorm,
+    check_ranks,
+    collectives,
+    convert,
+)
 from tests import ranks, reference, steps
 
 pytestmark = pytest.mark.unit
@@ -188,3 +197,68 @@ def fully_sharded(policy):
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_fully_sharded_it_trains_as_under_ddp(mixed_precision):
     assert ranks.run(fully_sharded, mixed_precision, world=2) == [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sync_ranks": 0}, "sync_ranks=0 must be at least 1. Give a number of ranks, or None for all."),
+        ({"sync_ranks": "4"}, "sync_ranks='4' must be at least 1"),
+        ({"sync_ranks": 2, "group_ranks": (0, 1)}, "got sync_ranks=2 and group_ranks=(0, 1), that each name its ranks"),
+        ({"process_group": "nccl"}, "process_group='nccl' is no process group. Give it what torch.distributed.new_gro"),
+    ],
+)
+def test_ranks_that_are_none_are_refused_when_the_layer_is_made(options, message):
+    with pytest.raises(ConfigError) as caught:
+        SyncBatchNorm(4, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [None, nn.BatchNorm2d, [nn.BatchNorm1d(3)]])
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(ConfigError, match=r"is no module\. Give it the model"):
+        SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def test_integers_are_refused_before_anything_moves():
+    layer = SyncBatchNorm(3)
+    with pytest.raises(ShapeError, match=r"an input of torch\.int64; .*Give it input\.float\(\)"):
+        layer(torch.zeros(4, 3, dtype=torch.long))
+    assert int(layer.num_batches_tracked) == 0
+
+
+def test_a_trained_layer_that_becomes_another_can_be_copied():
+    model = nn.Sequential(SyncBatchNorm(4))
+    model(torch.randn(5, 4, requires_grad=True)).sum().backward()
+    convert(model, NormSpec(kind="group", normalization_batch=1))
+    assert type(copy.deepcopy(model)[0]) is nn.GroupNorm
+
+
+def groups_of_both_kinds(debug):
+    rank = collectives.rank()
+    group = dist.new_group([0, 1])
+    of_the_user, in_blocks = SyncBatchNorm(3, process_group=group), SyncBatchNorm(3, sync_ranks=2)
+    model = nn.Sequential(of_the_user, in_blocks)
+    try:
+        check_ranks(model, debug=debug)
+        if debug and rank == 1:
+            model = nn.Sequential(in_blocks, of_the_user)
+        model(torch.randn(4, 3) + rank)
+    except GroupError as error:
+        return str(error)
+    finally:
+        collectives.set_debug(False)
+    return [float(layer.running_mean.sum()) for layer in (of_the_user, in_blocks)]
+
+
+def test_a_group_of_the_users_and_one_of_ours_of_the_same_ranks_do_not_mix():
+    found = ranks.run(groups_of_both_kinds, False, world=4)
+    assert found[0] == found[1]
+    assert found[2][0] != found[3][0]  # outside the user's group they are alone
+    assert found[2][1] == found[3][1]
+
+
+def test_debug_sees_a_group_of_the_users():
+    found = ranks.run(groups_of_both_kinds, True, world=4)
+    assert "rank 0 is at 0 forward" in found[0]
+    assert found[0] == found[1]

@@ -131,27 +131,28 @@ def test_without_running_statistics_evaluation_masks_too():
 
 
 @pytest.mark.parametrize(
-    "mask",
+    ("mask", "remedy"),
     [
-        torch.ones(4, 5),
-        torch.ones(4, 5, dtype=torch.uint8),
-        torch.ones(5, 4, dtype=torch.bool),
-        torch.ones(4, 3, 5, dtype=torch.bool),
-        torch.ones(4, 5, 1, dtype=torch.bool),
-        torch.ones(3, dtype=torch.bool),
+        (torch.ones(4, 5), "Give it mask.bool()."),
+        (torch.ones(4, 5, dtype=torch.uint8), "Give it mask.bool()."),
+        (torch.ones(5, 4, dtype=torch.bool), "Of lengths, make one: torch.arange(T) < lengths[:, None]."),
+        (torch.ones(4, 3, 5, dtype=torch.bool), "Give it mask[:, 0].bool(), if its channels are alike."),
+        (torch.ones(4, 1, dtype=torch.bool), "Of lengths, make one: torch.arange(T) < lengths[:, None]."),
+        (torch.tensor([5, 3, 2, 1]), "Of lengths, make one: torch.arange(T) < lengths[:, None]."),
+        (torch.tensor(True), "Of lengths, make one: torch.arange(T) < lengths[:, None]."),
     ],
-    ids=lambda mask: f"{mask.dtype}{tuple(mask.shape)}",
+    ids=str,
 )
 @pytest.mark.parametrize("training", [True, False])
-def test_a_mask_that_does_not_fit_is_refused(mask, training):
+def test_a_mask_that_does_not_fit_is_refused(mask, remedy, training):
     layer = SyncBatchNorm(3).train(training)
     layer.layer_name = "encoder.bn"
     with pytest.raises(ShapeError) as caught:
         layer(torch.randn(4, 3, 5), mask=mask)
     message = str(caught.value)
     assert f"encoder.bn got a mask of {mask.dtype} {tuple(mask.shape)} for an input of (4, 3, 5)" in message
-    assert "it must be boolean [N, *], without the channels" in message
-    assert "Give it mask[:, 0].bool() of a mask with channels" in message
+    assert "it must be torch.bool (4, 5), or its first dimensions" in message
+    assert message.endswith(remedy)
     assert int(layer.num_batches_tracked) == 0
 
 

@@ -11,6 +11,7 @@ from distnorm.collectives.exchange import raise_named as raise_named
 from distnorm.collectives.exchange import start_notice as start_notice
 from distnorm.collectives.exchange import start_sum as start_sum
 from distnorm.collectives.groups import adopt as adopt
+from distnorm.collectives.groups import make_twins as make_twins
 from distnorm.collectives.groups import members as members
 from distnorm.collectives.groups import set_debug as set_debug
 from distnorm.collectives.world import agreed_through_launcher as agreed_through_launcher

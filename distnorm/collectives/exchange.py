@@ -172,5 +172,5 @@ def _check_same_place(values: Tensor, ranks: tuple[int, ...], what: str) -> None
 
 def raise_named(error: RuntimeError, ranks: Sequence[int], what: str, missing: Sequence[int] = ()) -> NoReturn:
     """Turn a backend's words into ours: who waited, where, for whom; and who was missing, where that is known."""
-    waits = whereabouts.Wait(rank(), tuple(ranks), what, str(error).strip().splitlines()[0][:160])
+    waits = whereabouts.Wait(rank(), tuple(ranks), what, (str(error).strip().splitlines() or ["no words"])[0][:160])
     raise GroupError(waits.in_words(missing, positions.read_this_run())) from error

@@ -3,6 +3,7 @@
 Every group is made by all ranks of the world, members or not, in the same order; a new world forgets the old one's.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ _groups: dict[Ranks, Any] = {}
 _groups_of: Any = None
 _members: dict[tuple[int | None, Ranks | None], Ranks] = {}
 _control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
-_adopted: set[Ranks] = set()  # made by the user, on the ranks that the user chose
+_adopted: dict[Ranks, Any] = {}  # made by the user; kept apart, for other ranks know nothing of them
 _twins: dict[Ranks, Any] = {}  # of each group, a gloo group of the same ranks for headers
 _debug = False
 
@@ -58,7 +59,7 @@ def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -
                 f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
                 f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
             )
-        if group_ranks not in _adopted and group_ranks != (me,):
+        if group_ranks not in _adopted and group_ranks != (me,):  # a user's group is known on its members alone
             _make_groups((group_ranks,))
         return group_ranks if me in group_ranks else (me,)
     size = world if sync_ranks is None else sync_ranks
@@ -82,17 +83,24 @@ def adopt(process_group: Any) -> tuple[int, ...]:
         Its ranks, for `group_ranks`; this rank alone, where it is not one of them.
 
     Collective: none.
+
+    Raises:
+        ConfigError: it is no process group.
     """
     _forget_other_worlds()
-    if process_group is dist.group.WORLD:
+    if process_group is dist.group.WORLD and process_group is not None:
         return tuple(range(world_size()))
     if process_group is dist.GroupMember.NON_GROUP_MEMBER:
         return (rank(),)
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ConfigError(
+            f"process_group={process_group!r} is no process group. "
+            "Give it what torch.distributed.new_group(ranks) returned, or group_ranks=(0, 1)."
+        )
     ranks = tuple(sorted(dist.get_process_group_ranks(process_group)))
     if rank() not in ranks:
         return (rank(),)
-    _groups.setdefault(ranks, process_group)
-    _adopted.add(ranks)
+    _adopted.setdefault(ranks, process_group)
     return ranks
 
 
@@ -106,6 +114,16 @@ def set_debug(on: bool) -> None:
     _members.clear()  # whose groups have no twins yet
 
 
+def make_twins(groups: Iterable[Ranks]) -> None:
+    """Make the header groups of groups that users have made, while debugging.
+
+    Collective: every rank calls it with the same groups, whoever is in them.
+    """
+    for ranks in groups:
+        if _debug and 1 < len(ranks) < dist.get_world_size() and ranks not in _twins:
+            _twins[ranks] = dist.new_group(list(ranks), backend="gloo", timeout=timeout())
+
+
 def is_debugging() -> bool:
     """Tell whether ranks compare their places before every exchange."""
     return _debug
@@ -113,7 +131,9 @@ def is_debugging() -> bool:
 
 def group_of(ranks: Ranks) -> Any:
     """Give the process group of ranks that `members` named."""
-    return dist.group.WORLD if len(ranks) == dist.get_world_size() else _groups[ranks]
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    return _adopted[ranks] if ranks in _adopted else _groups[ranks]
 
 
 def twin_of(ranks: Ranks) -> Any:

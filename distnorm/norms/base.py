@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.errors import ShapeError
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
-_OF_ONE_STEP = ("_rank_rows", "_passes")
+OF_ONE_STEP = ("_rank_rows", "_passes")
+"""Attributes that no copy keeps, and no layer of another class."""
 
 
 class AbstractBatchStatisticsNorm(_BatchNorm):
@@ -55,7 +56,13 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             raise ShapeError(
                 f"{self.name_in_words()} got an input of shape {tuple(input.shape)}; "
                 f"it normalizes [N, {self.num_features}, *].\n"
-                f"Give it {self.num_features} channels in dimension 1, or build it with the num_features of its input.",
+                f"Give it samples in the first dimension and {self.num_features} channels in the second, or build it "
+                "with the num_features of its input.",
+            )
+        if not input.is_floating_point():
+            raise ShapeError(
+                f"{self.name_in_words()} got an input of {input.dtype}; it normalizes floating-point values. "
+                "Give it input.float().",
             )
 
     def name_in_words(self) -> str:
@@ -68,10 +75,10 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             return None
         return self._passes.repeated_by(own)
 
-    def _keep(self, passed: Pass) -> None:
+    def _keep(self, passed: Pass, y: Tensor) -> None:
         if self._passes is None:
             self._passes = Passes()
-        self._passes.keep(passed)
+        self._passes.keep(passed, has_graph=y.grad_fn is not None)
 
     def _keep_with(self, y: Tensor, passed: Pass) -> None:
         """Remember a pass that only has to be known again, as long as the graph of its output lives."""
@@ -79,7 +86,7 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             return
         if y.grad_fn is not None:
             y.grad_fn.metadata["distnorm"] = passed  # type: ignore[index]  # a property, that torch declares a method
-        self._keep(passed)
+        self._keep(passed, y)
 
     def _take_batch(self, mean_C: Tensor, var_C: Tensor, count: Tensor | float) -> None:
         """Move the running statistics towards a batch; one without values leaves them where they are.
@@ -115,4 +122,4 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one step."""
-        return {key: value for key, value in self.__dict__.items() if key not in _OF_ONE_STEP}
+        return {key: value for key, value in self.__dict__.items() if key not in OF_ONE_STEP}

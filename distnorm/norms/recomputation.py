@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distnorm.norms.pooling import Pooled
 
-_KEPT = 32
+_KEPT = 64
 
 
 class Pass:
@@ -32,12 +32,12 @@ class Passes:
         self._living: list[weakref.ref[Pass]] = []
         self._without_graph: collections.deque[Pass] = collections.deque(maxlen=_KEPT)
 
-    def keep(self, passed: Pass) -> None:
+    def keep(self, passed: Pass, *, has_graph: bool) -> None:
         """Remember a pass; whoever holds its graph must hold it, unless there is no graph."""
         self._living = [ref for ref in self._living if ref() is not None]
         if not passed.used:  # one that repeats another is in the list, in its place
             self._living.append(weakref.ref(passed))
-        if not torch.is_grad_enabled():
+        if not has_graph:
             unused = [old for old in self._without_graph if not old.used]
             self._without_graph = collections.deque([*unused, passed], maxlen=_KEPT)
 

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ConfigError
+from distnorm.norms.base import OF_ONE_STEP
 
 SOURCES: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
 """Classes whose forward is a batch norm and nothing else; distnorm's layers add themselves."""
@@ -18,6 +19,9 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ConfigError: the model is wrapped in DDP, scripted, or has a lazy norm or a subclass with its own forward.
     """
+    if not isinstance(model, nn.Module):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"convert() got {kind!r}, that is no module. Give it the model, an nn.Module.")
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ConfigError(
             f"convert() got a {type(model).__name__} model. Convert before wrapping, or pass model.module.",
@@ -52,6 +56,7 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
         attributes: what the new class needs besides.
     """
     module.__class__ = cls
-    # torch's synchronized layer holds a process group, that nothing could copy or pickle
-    module.__dict__.pop("process_group", None)
+    # torch's synchronized layer holds a process group, and ours what belongs to one step: nothing could copy them
+    for name in ("process_group", "layer_name", *OF_ONE_STEP):
+        module.__dict__.pop(name, None)
     module.__dict__.update(attributes)

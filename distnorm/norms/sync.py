@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
-from distnorm.errors import ShapeError
+from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import statistics_dtype
 from distnorm.norms import exchange, kernels
 from distnorm.norms.base import AbstractBatchStatisticsNorm
@@ -54,8 +54,8 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         in every training step, and run backward through it.
 
     Raises:
-        ShapeError: dimension 1 is not `num_features`; the mask does not fit; or the whole group has one value a channel
-            (on every rank alike).
+        ShapeError: dimension 1 is not `num_features`; the input is not floating; or the mask does not fit: on the rank
+            where it is so. The whole group has one value a channel: on every rank alike.
         GroupError: a rank of the group failed, or did not come within the process group's timeout.
 
     Example:
@@ -90,7 +90,13 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
-        self.sync_ranks, self.group_ranks = sync_ranks, group_ranks
+        given = {"process_group": process_group, "sync_ranks": sync_ranks, "group_ranks": group_ranks}
+        chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if len(chosen) > 1:
+            raise ConfigError(f"SyncBatchNorm got {' and '.join(chosen)}, that each name its ranks. Give one of them.")
+        if sync_ranks is not None and (not isinstance(sync_ranks, int) or sync_ranks < 1):
+            raise ConfigError(f"sync_ranks={sync_ranks!r} must be at least 1. Give a number of ranks, or None for all.")
+        self.sync_ranks, self.group_ranks = sync_ranks, None if group_ranks is None else tuple(group_ranks)
         if process_group is not None:
             self.group_ranks = collectives.adopt(process_group)
 
@@ -113,7 +119,8 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         """
         group_ranks = None if process_group is None else collectives.adopt(process_group)
         for name, norm in find_norms(module).items():
-            become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name=name)
+            if group_ranks is not None or not isinstance(norm, SyncBatchNorm):
+                become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name="" if norm is module else name)
         return module
 
     def members(self) -> tuple[int, ...]:
@@ -132,7 +139,8 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
 
     def extra_repr(self) -> str:
         """Show the group beside what torch shows."""
-        group = f"group_ranks={self.group_ranks}" if self.group_ranks else f"sync_ranks={self.sync_ranks or 'all'}"
+        blocks = f"sync_ranks={'all' if self.sync_ranks is None else self.sync_ranks}"
+        group = blocks if self.group_ranks is None else f"group_ranks={self.group_ranks}"
         return f"{super().extra_repr()}, {group}"  # type: ignore[no-untyped-call]
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002
@@ -186,9 +194,10 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
             assert pooled is not None
             if passed is None and not torch.compiler.is_compiling():
                 passed = Pass(own_K, pooled)
+        y = normalize(x, self.weight, self.bias, pooled, self.eps, ranks, self.name_in_words(), scratch, passed)
         if passed is not None:
-            self._keep(passed)
-        return normalize(x, self.weight, self.bias, pooled, self.eps, ranks, self.name_in_words(), scratch, passed)
+            self._keep(passed, y)
+        return y
 
     def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pooled:
         """Pool the moments of the group, and move the running statistics."""
@@ -212,19 +221,24 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
             raise ShapeError(
                 f"{self.name_in_words()} has 1 value a channel over its whole group of {len(ranks)} ranks; "
                 "a variance needs 2.\n"
-                "Give the group more samples (data.device_batch, norm.sync_ranks), or use norm=group.",
+                "Give the group more samples or ranks (data.device_batch, sync_ranks), or use GroupNorm (norm=group).",
             )
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
         """Bring a mask to [N, *]."""
-        if mask.dtype == torch.bool and mask.dim() < x.dim():
-            full = mask.reshape(*mask.shape, *[1] * (x.dim() - 1 - mask.dim()))
-            shape = (x.shape[0], *x.shape[2:])
-            if all(a in (1, b) for a, b in zip(full.shape, shape, strict=True)):
-                return full.expand(shape)
+        shape = (x.shape[0], *x.shape[2:])
+        fits = 0 < mask.dim() <= len(shape) and mask.shape == shape[: mask.dim()]
+        if mask.dtype == torch.bool and fits:
+            return mask.reshape(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
+        if fits and mask.dim() > 1:
+            remedy = "Give it mask.bool()."
+        elif mask.dim() == x.dim():
+            remedy = "Give it mask[:, 0].bool(), if its channels are alike."
+        else:
+            remedy = "Of lengths, make one: torch.arange(T) < lengths[:, None]."
         raise ShapeError(
             f"{self.name_in_words()} got a mask of {mask.dtype} {tuple(mask.shape)} for an input of {tuple(x.shape)}; "
-            "it must be boolean [N, *], without the channels.\nGive it mask[:, 0].bool() of a mask with channels.",
+            f"it must be torch.bool {shape}, or its first dimensions.\n{remedy}",
         )
 
 

@@ -89,6 +89,11 @@ class EvenLoader(Generic[Batch]):
         count: Callable[[Batch], int] | None = None,
         timeout_s: float | None = None,
     ) -> None:
+        if isinstance(loader, nn.Module) or not isinstance(loader, Iterable):
+            raise ConfigError(
+                f"EvenLoader got a {type(loader).__name__}, that gives no batches. "
+                "Give it the loader first, then the model."
+            )
         if timeout_s is not None and timeout_s <= 0:
             raise ConfigError(f"timeout_s={timeout_s} must be above 0. Give seconds, or None for the process group's.")
         self.loader = loader
