@@ -176,7 +176,7 @@ def test_passes_do_not_pile_up(layer, world, mode):
         most = 64 if mode == "no_grad" else 2
         assert alive <= most
         assert kept <= most + 2
-        assert without_graph <= (32 if mode == "no_grad" else 1)
+        assert without_graph <= (most if mode == "no_grad" else 1)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
