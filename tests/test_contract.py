@@ -122,7 +122,7 @@ def test_one_value_a_channel_is_refused_on_all_ranks_alike(sizes, shape, mask_sh
         assert (
             f"head.bn has 1 value a channel over its whole group of {len(sizes)} ranks; a variance needs 2" in message
         )
-        assert "data.device_batch, norm.sync_ranks" in message
+        assert "data.device_batch, sync_ranks" in message
         assert "norm=group" in message
         assert unmoved == UNMOVED
         assert finite
@@ -138,7 +138,10 @@ def test_an_input_that_does_not_fit_is_refused(layer, shape, training):
         layer(torch.randn(shape))
     message = str(caught.value)
     assert f"({3}) got an input of shape {shape}; it normalizes [N, 3, *]" in message
-    assert "Give it 3 channels in dimension 1, or build it with the num_features of its input" in message
+    assert (
+        "Give it samples in the first dimension and 3 channels in the second, or build it with the num_features"
+        in message
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
