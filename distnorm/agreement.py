@@ -18,7 +18,7 @@ from distnorm import collectives, positions
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError, ranks_in_words
 from distnorm.norms.base import AbstractBatchStatisticsNorm
-from distnorm.norms.sync import SyncBatchNorm
+from distnorm.norms.over_ranks import AbstractNormOverRanks
 
 WHAT = "the check that all ranks have the same layers"
 Table = dict[str, dict[str, Any]]
@@ -48,7 +48,7 @@ def check_ranks(model: nn.Module, *, folder: str | Path | None = None, debug: bo
         GroupError: a rank never came, within the process group's timeout.
 
     Example:
-        >>> model = nn.Sequential(nn.Linear(4, 8), SyncBatchNorm(8))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> check_ranks(model)  # torchrun has started the ranks, init_process_group has run
     """
     name_layers(model, anew=True)
@@ -98,11 +98,13 @@ def prepare(model: nn.Module, folder: Path | None, started: float, *, debug: boo
     """
     collectives.set_debug(debug)
     for layer in model.modules():
-        if isinstance(layer, SyncBatchNorm):
+        if isinstance(layer, AbstractNormOverRanks):
             collectives.members(layer.sync_ranks, layer.group_ranks)
     if debug:  # a group that the user made is known on its members alone
         named = [
-            layer.group_ranks for layer in model.modules() if isinstance(layer, SyncBatchNorm) and layer.group_ranks
+            layer.group_ranks
+            for layer in model.modules()
+            if isinstance(layer, AbstractNormOverRanks) and layer.group_ranks
         ]
         everyones = collectives.agree(named, "the groups of the layers")
         collectives.make_twins(sorted({ranks for own in everyones for ranks in own}))
@@ -146,7 +148,7 @@ def _row(layer: _BatchNorm, modes: bool) -> dict[str, Any]:
         "dtype": "none" if tensor is None else str(tensor.dtype).removeprefix("torch."),
         "running statistics": layer.running_mean is not None,
     }
-    if isinstance(layer, SyncBatchNorm):
+    if isinstance(layer, AbstractNormOverRanks):
         row |= {"sync_ranks": layer.sync_ranks, "group_ranks": layer.group_ranks}
         row |= {"mode": "training" if layer.training else "evaluation"} if modes else {}
     return row

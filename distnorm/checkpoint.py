@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distnorm.convert import convert
 from distnorm.errors import ConfigError
 from distnorm.population import Statistics
-from distnorm.spec import NormSpec
+from distnorm.spec import BATCH_KINDS, NormSpec
 
 ENTRY = "distnorm"
 _PREFIX = "model."
@@ -95,7 +95,7 @@ def check_resume(path: Path, spec: NormSpec) -> None:
 
 
 def _family(spec: NormSpec) -> str:
-    return spec.kind if spec.kind.startswith("group") else "batch statistics"
+    return "batch statistics" if spec.kind in (*BATCH_KINDS, "frozen") else spec.kind
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -13,15 +13,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.changes import CHANGES, channels_of, dimension_of, to_standardized
 from distnorm.errors import ConfigError
 from distnorm.norms.base import AbstractBatchStatisticsNorm
-from distnorm.norms.ghost import GhostBatchNorm
-from distnorm.norms.surgery import become, find_norms
-from distnorm.norms.sync import SyncBatchNorm
+from distnorm.norms.surgery import find_norms
 from distnorm.norms.weight import STANDARDIZED
-from distnorm.spec import NormSpec, group_count
-
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+from distnorm.spec import NormSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,19 +124,20 @@ def convert(model: nn.Module, spec: NormSpec) -> Conversion:
             f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
             "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
         )
-    changes: list[tuple[str, nn.Module, Callable[[nn.Module, NormSpec], str]]] = []
-    if spec.kind == "group_ws":
-        changes += [(name, conv, _to_standardized) for name, conv in _convolutions_before(model, norms)]
-    changes += [(name, norm, _CHANGES[spec.kind]) for name, norm in norms.items()]
+    specs = {name: spec.of(name, dimension_of(norm)) for name, norm in norms.items()}
+    changes: list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]] = []
+    standardized = {name: norm for name, norm in norms.items() if specs[name].kind == "group_ws"}
+    changes += [(name, conv, spec, to_standardized) for name, conv in _convolutions_before(model, standardized)]
+    changes += [(name, norm, specs[name], CHANGES[specs[name].kind]) for name, norm in norms.items()]
     order = {id(module): place for place, module in enumerate(model.modules())}
     rows, snapshots = [], []
-    for name, module, change in sorted(changes, key=lambda item: order[id(item[1])]):
+    for name, module, own, change in sorted(changes, key=lambda item: order[id(item[1])]):
         snapshots.append(_take_snapshot(module))
-        was, channels = type(module).__name__, _channels(module)
-        why = change(module, spec)
+        was, channels = type(module).__name__, channels_of(module)
+        why = change(module, own)
         if isinstance(module, AbstractBatchStatisticsNorm):
             module.layer_name = name
-        rows.append(ConvertedLayer(name, channels, was, type(module).__name__, spec.normalization_batch, why))
+        rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
     return Conversion(model, spec, tuple(rows), snapshots)
 
 
@@ -165,67 +163,10 @@ def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Itera
     leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
     ids = {id(norm) for norm in norms.values()}
     for (name, module), (_, after) in itertools.pairwise(leaves):
-        if type(module) not in STANDARDIZED or id(after) not in ids or _channels(module) != _channels(after):
+        if type(module) not in STANDARDIZED or id(after) not in ids or channels_of(module) != channels_of(after):
             continue
         if module.weight[0].numel() > 1:  # a filter of one weight would be standardized to 0
             yield name, module
-
-
-def _channels(module: nn.Module) -> int:
-    for attribute in ("num_features", "num_channels", "out_channels"):
-        if hasattr(module, attribute):
-            return int(getattr(module, attribute))
-    raise AssertionError(f"{type(module).__name__} has no channels")
-
-
-def _to_batch(norm: nn.Module, spec: NormSpec) -> str:
-    if type(norm) in (nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm):
-        # Which dimension the layer had is not known any more: a group of one rank is local batch norm of any dimension.
-        become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
-    _set_momentum(norm, spec)
-    return spec.in_words()
-
-
-def _to_sync(norm: nn.Module, spec: NormSpec) -> str:
-    become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None)
-    _set_momentum(norm, spec)
-    return spec.in_words()
-
-
-def _to_ghost(norm: nn.Module, spec: NormSpec) -> str:
-    become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch)
-    _set_momentum(norm, spec)
-    return spec.in_words()
-
-
-def _to_group(norm: nn.Module, spec: NormSpec) -> str:
-    channels = int(norm.num_features)  # type: ignore[arg-type]
-    groups = group_count(channels, spec.groups)
-    for attribute in ("num_features", "momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch"):
-        norm.__dict__.pop(attribute, None)
-    for buffer in _BUFFERS:
-        norm._buffers.pop(buffer, None)  # noqa: SLF001
-    become(norm, nn.GroupNorm, num_groups=groups, num_channels=channels)
-    return f"{groups} group{'s' if groups > 1 else ''} of {channels // groups} channels"
-
-
-def _to_standardized(conv: nn.Module, _: NormSpec) -> str:
-    become(conv, STANDARDIZED[type(conv)])
-    return "its norm takes the weights' scale out"
-
-
-_CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
-    "batch": _to_batch,
-    "sync": _to_sync,
-    "ghost": _to_ghost,
-    "group": _to_group,
-    "group_ws": _to_group,
-}
-
-
-def _set_momentum(norm: nn.Module, spec: NormSpec) -> None:
-    if spec.momentum is not None:
-        norm.momentum = spec.momentum  # type: ignore[assignment]
 
 
 _STATE = {"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"}

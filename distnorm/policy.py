@@ -8,7 +8,7 @@ gain nothing more. So 32 is the aim and 16 the least.
 import dataclasses
 
 from distnorm.errors import ConfigError, did_you_mean, divisors_in_words
-from distnorm.spec import KINDS, NormSpec
+from distnorm.spec import BATCH_KINDS, KINDS, NormSpec
 
 
 def decide(
@@ -77,7 +77,7 @@ def decide(
         spec = _derive(case, exact=exact, sync_ranks=sync_ranks, pretrained=pretrained)
     else:
         spec = _obey(case, kind, sync_ranks, exact=exact)
-    local = world_size > 1 and not spec.kind.startswith("group") and spec.sync_ranks < world_size
+    local = world_size > 1 and spec.kind in BATCH_KINDS and spec.sync_ranks < world_size
     return dataclasses.replace(
         spec,
         momentum=momentum,

@@ -1,11 +1,33 @@
 """The answer to "who shares statistics?" as plain data: what `decide` gives and `convert` takes. No torch."""
 
 import dataclasses
+import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 from distnorm.errors import ConfigError, did_you_mean
 
-KINDS = ("auto", "batch", "sync", "ghost", "group", "group_ws")
+KINDS = (
+    "auto",
+    "batch",
+    "sync",
+    "ghost",
+    "renorm",
+    "frozen",
+    "group",
+    "group_ws",
+    "layer",
+    "instance",
+    "response",
+    "none",
+)
+BATCH_KINDS = ("batch", "sync", "ghost", "renorm")
+"""Kinds whose statistics are a batch's; the others' are a sample's own, constants, or none."""
+
+EVALUATIONS = ("running", "pooled", "precise")
+
+Override = Mapping[str, Any]
+"""Fields of a `NormSpec` that differ for some layers: `{"kind": "group", "groups": 8}`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,16 +35,21 @@ class NormSpec:
     """The answer to "who shares statistics?", as plain data that a checkpoint can hold.
 
     Attributes:
-        kind: `batch` (local), `sync` (over ranks), `ghost` (parts of a device batch), `group` (GroupNorm) or `group_ws`
-            (GroupNorm, and standardized convolutions before it).
-        normalization_batch: samples that share one set of statistics; 1 for GroupNorm, whose statistics are a sample's
-            own.
-        sync_ranks: ranks that pool together, in blocks of consecutive ranks; 1 unless `kind` is `sync`.
+        kind: `batch` (local), `sync` (over ranks), `ghost` (parts of a device batch), `renorm` (batch renormalization),
+            `frozen` (constants), `group` (GroupNorm), `group_ws` (GroupNorm, and standardized convolutions before it),
+            `layer` (one group), `instance` (a group a channel), `response` (filter response) or `none` (no norm).
+        normalization_batch: samples that share one set of statistics; 1 where a sample's statistics are its own.
+        sync_ranks: ranks that pool together, in blocks of consecutive ranks; 1 unless `kind` is `sync` or `renorm`.
         ghost_batch: samples that share statistics inside one device, for `ghost`; else `None`.
         groups: the most groups a GroupNorm gets; a layer takes the largest divisor of its channels up to it that leaves
             2 channels a group.
         momentum: weight of a new batch in the running statistics; `None` keeps each layer's own.
-        evaluation: `running` where all ranks hold the same running statistics, `pooled` where they differ.
+        evaluation: what evaluation normalizes with: `running` statistics, those of all ranks `pooled`, or `precise`
+            ones, measured anew with the weights of the moment.
+        frozen_last: the share of training, at its end, in which the statistics are constants.
+        per_kind: overrides for the layers of one dimension: `{"1d": {"kind": "layer"}}`.
+        layers: overrides for the layers whose name matches a glob: `{"layer4.*": {"kind": "group"}}`; the first that
+            matches, before `per_kind`.
         device_batch: samples one device sees per forward; what the decision was made for.
         world_size: ranks; likewise.
         reasons: why, in words.
@@ -36,6 +63,9 @@ class NormSpec:
     groups: int = 32
     momentum: float | None = None
     evaluation: str = "running"
+    frozen_last: float = 0.0
+    per_kind: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     device_batch: int = 0
     world_size: int = 1
     reasons: tuple[str, ...] = ()
@@ -50,25 +80,44 @@ class NormSpec:
         if self.kind not in KINDS[1:]:
             near = did_you_mean(self.kind, KINDS[1:])
             raise ConfigError(f"NormSpec.kind={self.kind!r} is not one of {', '.join(KINDS[1:])}.{near}")
+        if self.evaluation not in EVALUATIONS:
+            near = did_you_mean(self.evaluation, EVALUATIONS)
+            raise ConfigError(f"NormSpec.evaluation={self.evaluation!r} is not one of {', '.join(EVALUATIONS)}.{near}")
         if self.sync_ranks < 1 or (self.kind == "ghost" and not self.ghost_batch):
             raise ConfigError(
                 f"NormSpec has sync_ranks={self.sync_ranks} and ghost_batch={self.ghost_batch}: at least 1 rank, "
                 "and a ghost has a size.\nLet decide() make it, or give both."
             )
 
+    def of(self, name: str, dimension: str = "") -> "NormSpec":
+        """Give the decision for one layer, with the overrides that hold for it.
+
+        Args:
+            name: the layer's, in the model.
+            dimension: `1d`, `2d` or `3d`; empty where the layer takes any.
+        """
+        by_name = (change for glob, change in self.layers.items() if fnmatch.fnmatchcase(name, glob))
+        change = next(by_name, self.per_kind.get(dimension))
+        return self if change is None else dataclasses.replace(self, per_kind={}, layers={}, **change)
+
     def in_words(self) -> str:
         """Say it in one line: `sync over 4 ranks, normalization batch 32`."""
+        over = f"over {self.sync_ranks} rank{'s' if self.sync_ranks > 1 else ''}"
         names = {
             "batch": "local batch norm",
-            "sync": f"sync over {self.sync_ranks} rank{'s' if self.sync_ranks > 1 else ''}",
+            "sync": f"sync {over}",
             "ghost": f"ghost batches of {self.ghost_batch}",
-            "group": "GroupNorm",
-            "group_ws": "GroupNorm with weight standardization",
+            "renorm": f"batch renormalization {over}",
+            "frozen": "frozen batch norm, constants",
+            "group": "GroupNorm, each sample alone",
+            "group_ws": "GroupNorm with weight standardization, each sample alone",
+            "layer": "LayerNorm, each sample alone",
+            "instance": "InstanceNorm, each sample alone",
+            "response": "filter response normalization, each sample alone",
+            "none": "no normalization",
         }
-        scope = (
-            "each sample alone" if self.kind.startswith("group") else f"normalization batch {self.normalization_batch}"
-        )
-        return f"{names[self.kind]}, {scope}"
+        by_batch = self.kind in BATCH_KINDS
+        return names[self.kind] + (f", normalization batch {self.normalization_batch}" if by_batch else "")
 
     def __str__(self) -> str:
         """Give the decision and its reasons, one a line."""

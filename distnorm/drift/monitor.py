@@ -22,7 +22,7 @@ from distnorm.convert import normalization_layers
 from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, excess_jeffreys, jeffreys_floor
 from distnorm.moments import Moments
 from distnorm.norms import pooling
-from distnorm.norms.sync import SyncBatchNorm
+from distnorm.norms.over_ranks import AbstractNormOverRanks
 
 _WINDOW = 25
 _FEWEST_TIMES = 5
@@ -169,7 +169,7 @@ class DriftMonitor(Callback):
         return {
             w.name: (w.layer.rank_moments, w.reference.expand(len(w.layer.rank_moments), -1))
             for w in self._watched
-            if isinstance(w.layer, SyncBatchNorm) and _gathers_from_all(w.layer)
+            if isinstance(w.layer, AbstractNormOverRanks) and _gathers_from_all(w.layer)
             if w.reference is not None and w.layer.rank_moments is not None
         }
 
@@ -215,12 +215,12 @@ class DriftMonitor(Callback):
 
 
 def _block_size(layer: _BatchNorm) -> int:
-    return len(layer.members()) if isinstance(layer, SyncBatchNorm) else 1
+    return len(layer.members()) if isinstance(layer, AbstractNormOverRanks) else 1
 
 
 def _groups(layer: _BatchNorm, num_ranks: int) -> list[tuple[int, ...]]:
     """Part the ranks into those that share statistics."""
-    if isinstance(layer, SyncBatchNorm) and layer.group_ranks is not None:
+    if isinstance(layer, AbstractNormOverRanks) and layer.group_ranks is not None:
         return [layer.group_ranks, *((rank,) for rank in range(num_ranks) if rank not in layer.group_ranks)]
     size = _block_size(layer)
     return [tuple(range(first, first + size)) for first in range(0, num_ranks, size)]
@@ -235,7 +235,7 @@ def _own_moments(watched: _Watched) -> Tensor:
     layer = watched.layer
     if watched.own is not None:
         return watched.own
-    if watched.reference is not None and isinstance(layer, SyncBatchNorm) and layer.rank_moments is not None:
+    if watched.reference is not None and isinstance(layer, AbstractNormOverRanks) and layer.rank_moments is not None:
         return layer.rank_moments[layer.members().index(collectives.rank())]
     assert layer.running_mean is not None
     return layer.running_mean.new_zeros(2 * layer.num_features + 1)

@@ -1,4 +1,7 @@
 """The layers, one a file."""
 
+from distnorm.norms.frozen import FrozenBatchNorm as FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm as GhostBatchNorm
+from distnorm.norms.renorm import BatchRenorm as BatchRenorm
+from distnorm.norms.response import FilterResponseNorm as FilterResponseNorm
 from distnorm.norms.sync import SyncBatchNorm as SyncBatchNorm

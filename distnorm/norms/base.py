@@ -17,6 +17,13 @@ OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
 
 
+def followed(layer: Any, y: Tensor) -> Tensor:
+    """Apply the submodules that a layer names in `after`."""
+    for name in layer.after:
+        y = getattr(layer, name)(y)
+    return y
+
+
 class AbstractBatchStatisticsNorm(_BatchNorm):
     """A batch norm whose statistics come from more, or fewer, samples than one device's batch.
 
@@ -28,9 +35,11 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
 
     Attributes:
         layer_name: how the model calls this layer; errors carry it.
+        after: names of submodules that are applied to the output: the activation of a layer that had one built in.
     """
 
     layer_name: str = ""
+    after: tuple[str, ...] = ()
     _passes: Passes | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
@@ -40,8 +49,8 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         """
         self._check_input_dim(input)
         if self.training or self.running_mean is None:
-            return self._normalize_with_batch(input)
-        return self._normalize_with_running(input)
+            return followed(self, self._normalize_with_batch(input))
+        return followed(self, self._normalize_with_running(input))
 
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
         raise NotImplementedError

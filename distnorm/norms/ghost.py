@@ -12,7 +12,7 @@ from torch.nn import functional
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.recomputation import Pass
-from distnorm.norms.surgery import SOURCES
+from distnorm.norms.surgery import register
 
 
 class GhostBatchNorm(AbstractBatchStatisticsNorm):
@@ -92,4 +92,4 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
-SOURCES.add(GhostBatchNorm)
+register(GhostBatchNorm)

@@ -16,13 +16,17 @@ from distnorm.norms.pooling import Pooled
 _KEPT = 64
 
 
+Correction = tuple[Tensor, Tensor]
+"""A factor and a summand a channel, by which a batch's own normalization is corrected."""
+
+
 class Pass:
-    """What one training forward of a layer found: this rank's own moments and, where pooled, everyone's."""
+    """What one training forward of a layer found: this rank's own moments, where pooled, everyone's, and more."""
 
-    __slots__ = ("__weakref__", "own", "pooled", "used")
+    __slots__ = ("__weakref__", "correction", "own", "pooled", "used")
 
-    def __init__(self, own: Tensor | None, pooled: Pooled | None) -> None:
-        self.own, self.pooled, self.used = own, pooled, 0
+    def __init__(self, own: Tensor | None, pooled: Pooled | None, correction: Correction | None = None) -> None:
+        self.own, self.pooled, self.correction, self.used = own, pooled, correction, 0
 
 
 class Passes:

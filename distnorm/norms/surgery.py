@@ -9,8 +9,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.errors import ConfigError
 from distnorm.norms.base import OF_ONE_STEP
 
-SOURCES: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
-"""Classes whose forward is a batch norm and nothing else; distnorm's layers add themselves."""
+SOURCES: dict[type[nn.Module], tuple[str, ...]] = {}
+"""Classes that can be taken over, and the names of the submodules their forward applies after the normalization."""
+
+
+def register(cls: type[nn.Module], after: tuple[str, ...] = ()) -> None:
+    """Tell `convert` that a class is a batch norm, though its forward is its own.
+
+    Args:
+        cls: has `nn.BatchNorm`'s parameters, buffers and settings, under their names.
+        after: names of the submodules that its forward applies to what was normalized, in their order, e.g. `("act",)`;
+            the converted layer applies them too.
+    """
+    SOURCES[cls] = after
+
+
+for _cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+    register(_cls)
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:

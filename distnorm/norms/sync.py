@@ -10,17 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
-from distnorm.errors import ConfigError, ShapeError
-from distnorm.moments import statistics_dtype
-from distnorm.norms import exchange, kernels
-from distnorm.norms.base import AbstractBatchStatisticsNorm
-from distnorm.norms.pooling import Pooled, pool, unpack
+from distnorm.errors import ConfigError
+from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.recomputation import Pass
-from distnorm.norms.surgery import SOURCES, become, find_norms
-from distnorm.norms.synchronized import normalize
+from distnorm.norms.surgery import become, find_norms, register
 
 
-class SyncBatchNorm(AbstractBatchStatisticsNorm):
+class SyncBatchNorm(AbstractNormOverRanks):
     """Normalize over the samples of several ranks as if they were one batch.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -67,10 +63,6 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         variance of the pooled batch, as in torch. Unlike torch's layer, a step in which every rank is empty moves
         nothing.
     """
-
-    sync_ranks: int | None = None
-    group_ranks: tuple[int, ...] | None = None
-    _rank_rows: Tensor | None = None
 
     def __init__(
         self,
@@ -123,47 +115,6 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
                 become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name="" if norm is module else name)
         return module
 
-    def members(self) -> tuple[int, ...]:
-        """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""
-        if not self.training:
-            return (collectives.rank(),)
-        return exchange.members(self.sync_ranks, self.group_ranks)
-
-    @property
-    def rank_moments(self) -> Tensor | None:
-        """[R, K] packed moments of each rank of the group in the last training forward, for the drift monitor.
-
-        `None` if alone, or if the group is so large that its ranks were summed.
-        """
-        return None if self._rank_rows is None else unpack(self._rank_rows).pack()
-
-    def extra_repr(self) -> str:
-        """Show the group beside what torch shows."""
-        blocks = f"sync_ranks={'all' if self.sync_ranks is None else self.sync_ranks}"
-        group = blocks if self.group_ranks is None else f"group_ranks={self.group_ranks}"
-        return f"{super().extra_repr()}, {group}"  # type: ignore[no-untyped-call]
-
-    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002
-        """Normalize with the group's statistics in training, with running statistics in evaluation.
-
-        Args:
-            input: the activation.
-            mask: `True` where a value counts; all do, if `None`. Masked values have no part in any statistic, whatever
-                they are, come out as 0, and have gradient 0. The other values come out as without the padding.
-
-        Shape: input [N, C, *] floating; mask boolean [N, *], or its first dimensions, e.g. [N, T] for input
-            [N, C, T, H]; output like input.
-        """
-        self._check_input_dim(input)
-        if mask is not None:
-            mask = self._fit(mask, input)
-            input = torch.where(mask.unsqueeze(1), input, 0)  # noqa: A001 — unlike masked_fill keeps channels-last
-        if self.training or self.running_mean is None:
-            y = self._normalize_with_batch(input, mask)
-        else:
-            y = self._normalize_with_running(input)
-        return y if mask is None else torch.where(mask.unsqueeze(1), y, 0)
-
     def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         ranks = self.members()
         alone = len(ranks) == 1 and mask is None and self.momentum is not None and x.numel() > self.num_features
@@ -185,61 +136,5 @@ class SyncBatchNorm(AbstractBatchStatisticsNorm):
         self._keep_with(y, repeated or Pass(None, None))
         return y
 
-    def _normalize_with_ranks(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = kernels.dense(x)
-        with torch.no_grad():
-            own_K, scratch = kernels.measure(x, mask)
-            passed = self._repeated(own_K)
-            pooled = passed.pooled if passed is not None else self._pool(own_K, ranks, x, mask)
-            assert pooled is not None
-            if passed is None and not torch.compiler.is_compiling():
-                passed = Pass(own_K, pooled)
-        y = normalize(x, self.weight, self.bias, pooled, self.eps, ranks, self.name_in_words(), scratch, passed)
-        if passed is not None:
-            self._keep(passed, y)
-        return y
 
-    def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pooled:
-        """Pool the moments of the group, and move the running statistics."""
-        pooled, rows_RK = pool(own_K, statistics_dtype(x.dtype), ranks, f"{self.name_in_words()} forward")
-        self._check_count(pooled.count, own_K, ranks, x, mask)
-        if self.training:
-            self._take_batch(pooled.mean, pooled.var, pooled.count)
-            self._rank_rows = rows_RK if len(ranks) > 1 else None
-        return pooled
-
-    def _check_count(
-        self, count: Tensor | float, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None
-    ) -> None:
-        """Refuse a group with one value a channel, on every rank alike.
-
-        Only a rank with at most one value can be in such a group: the others need not read the count.
-        """
-        if torch.compiler.is_compiling() or (x.numel() > x.shape[1] and (mask is None or own_K[-1] > 1)):
-            return
-        if 0 < float(count) <= 1:
-            raise ShapeError(
-                f"{self.name_in_words()} has 1 value a channel over its whole group of {len(ranks)} ranks; "
-                "a variance needs 2.\n"
-                "Give the group more samples or ranks (data.device_batch, sync_ranks), or use GroupNorm (norm=group).",
-            )
-
-    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
-        """Bring a mask to [N, *]."""
-        shape = (x.shape[0], *x.shape[2:])
-        fits = 0 < mask.dim() <= len(shape) and mask.shape == shape[: mask.dim()]
-        if mask.dtype == torch.bool and fits:
-            return mask.reshape(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
-        if fits and mask.dim() > 1:
-            remedy = "Give it mask.bool()."
-        elif mask.dim() == x.dim():
-            remedy = "Give it mask[:, 0].bool(), if its channels are alike."
-        else:
-            remedy = "Of lengths, make one: torch.arange(T) < lengths[:, None]."
-        raise ShapeError(
-            f"{self.name_in_words()} got a mask of {mask.dtype} {tuple(mask.shape)} for an input of {tuple(x.shape)}; "
-            f"it must be torch.bool {shape}, or its first dimensions.\n{remedy}",
-        )
-
-
-SOURCES.add(SyncBatchNorm)
+register(SyncBatchNorm)

@@ -1,0 +1,140 @@
+"""What the layers that pool over ranks share: whose samples count, the mask, and one exchange a pass.
+
+Legend: N samples, C channels, T time steps, H rows, R ranks, K = 2C + 1: mean, variance and count of one rank.
+"""
+
+import torch
+from torch import Tensor
+
+from distnorm import collectives
+from distnorm.errors import ShapeError
+from distnorm.moments import statistics_dtype
+from distnorm.norms import exchange, kernels
+from distnorm.norms.base import AbstractBatchStatisticsNorm, followed
+from distnorm.norms.pooling import Pooled, pool, unpack
+from distnorm.norms.recomputation import Correction, Pass
+from distnorm.norms.synchronized import normalize
+
+
+class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
+    """A batch norm whose statistics are pooled over a group of ranks.
+
+    Attributes:
+        sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
+        group_ranks: an arbitrary subset of ranks instead of blocks; the ranks outside it normalize alone.
+    """
+
+    sync_ranks: int | None = None
+    group_ranks: tuple[int, ...] | None = None
+    _rank_rows: Tensor | None = None
+
+    def members(self) -> tuple[int, ...]:
+        """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""
+        if not self.training:
+            return (collectives.rank(),)
+        return exchange.members(self.sync_ranks, self.group_ranks)
+
+    @property
+    def rank_moments(self) -> Tensor | None:
+        """[R, K] packed moments of each rank of the group in the last training forward, for the drift monitor.
+
+        `None` if alone, or if the group is so large that its ranks were summed.
+        """
+        return None if self._rank_rows is None else unpack(self._rank_rows).pack()
+
+    def extra_repr(self) -> str:
+        """Show the group beside what torch shows."""
+        blocks = f"sync_ranks={'all' if self.sync_ranks is None else self.sync_ranks}"
+        group = blocks if self.group_ranks is None else f"group_ranks={self.group_ranks}"
+        return f"{super().extra_repr()}, {group}"  # type: ignore[no-untyped-call]
+
+    def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:  # noqa: A002
+        """Normalize with the group's statistics in training, with running statistics in evaluation.
+
+        Args:
+            input: the activation.
+            mask: `True` where a value counts; all do, if `None`. Masked values have no part in any statistic, whatever
+                they are, come out as 0, and have gradient 0. The other values come out as without the padding.
+
+        Shape: input [N, C, *] floating; mask boolean [N, *], or its first dimensions, e.g. [N, T] for input
+            [N, C, T, H]; output like input.
+        """
+        self._check_input_dim(input)
+        if mask is not None:
+            mask = self._fit(mask, input)
+            input = torch.where(mask.unsqueeze(1), input, 0)  # noqa: A001 — unlike masked_fill keeps channels-last
+        if self.training or self.running_mean is None:
+            y = self._normalize_with_batch(input, mask)
+        else:
+            y = self._normalize_with_running(input)
+        y = followed(self, y)
+        return y if mask is None else torch.where(mask.unsqueeze(1), y, 0)
+
+    def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._normalize_with_ranks(self.members(), x, mask)
+
+    def _normalize_with_ranks(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = kernels.dense(x)
+        with torch.no_grad():
+            own_K, scratch = kernels.measure(x, mask)
+            passed = self._repeated(own_K)
+            if passed is None:
+                passed = self._pool(own_K, ranks, x, mask)
+        assert passed.pooled is not None
+        weight, bias = self._gain_and_shift(passed)
+        kept = None if torch.compiler.is_compiling() else passed
+        y = normalize(x, weight, bias, passed.pooled, self.eps, ranks, self.name_in_words(), scratch, kept)
+        if kept is not None:
+            self._keep(kept, y)
+        return y
+
+    def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pass:
+        """Pool the moments of the group, and move the running statistics."""
+        pooled, rows_RK = pool(own_K, statistics_dtype(x.dtype), ranks, f"{self.name_in_words()} forward")
+        self._check_count(pooled.count, own_K, ranks, x, mask)
+        correction = self._correction(pooled)
+        if self.training:
+            self._take_batch(pooled.mean, pooled.var, pooled.count)
+            self._rank_rows = rows_RK if len(ranks) > 1 else None
+        return Pass(own_K, pooled, correction)
+
+    def _correction(self, pooled: Pooled) -> Correction | None:
+        """Find what depends on the running statistics as they were before this batch; a repeated pass keeps it."""
+        return None
+
+    def _gain_and_shift(self, passed: Pass) -> tuple[Tensor | None, Tensor | None]:
+        """Give the affine part of this pass."""
+        return self.weight, self.bias
+
+    def _check_count(
+        self, count: Tensor | float, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None
+    ) -> None:
+        """Refuse a group with one value a channel, on every rank alike.
+
+        Only a rank with at most one value can be in such a group: the others need not read the count.
+        """
+        if torch.compiler.is_compiling() or (x.numel() > x.shape[1] and (mask is None or own_K[-1] > 1)):
+            return
+        if 0 < float(count) <= 1:
+            raise ShapeError(
+                f"{self.name_in_words()} has 1 value a channel over its whole group of {len(ranks)} ranks; "
+                "a variance needs 2.\n"
+                "Give the group more samples or ranks (data.device_batch, sync_ranks), or use GroupNorm (norm=group).",
+            )
+
+    def _fit(self, mask: Tensor, x: Tensor) -> Tensor:
+        """Bring a mask to [N, *]."""
+        shape = (x.shape[0], *x.shape[2:])
+        fits = 0 < mask.dim() <= len(shape) and mask.shape == shape[: mask.dim()]
+        if mask.dtype == torch.bool and fits:
+            return mask.reshape(*mask.shape, *[1] * (len(shape) - mask.dim())).expand(shape)
+        if fits and mask.dim() > 1:
+            remedy = "Give it mask.bool()."
+        elif mask.dim() == x.dim():
+            remedy = "Give it mask[:, 0].bool(), if its channels are alike."
+        else:
+            remedy = "Of lengths, make one: torch.arange(T) < lengths[:, None]."
+        raise ShapeError(
+            f"{self.name_in_words()} got a mask of {mask.dtype} {tuple(mask.shape)} for an input of {tuple(x.shape)}; "
+            f"it must be torch.bool {shape}, or its first dimensions.\n{remedy}",
+        )
