@@ -138,8 +138,8 @@ def test_no_samples_or_no_ranks_are_refused(which):
         (
             ("snyc", 8),
             (
-                "NormSpec.kind='snyc' is not one of batch, sync, ghost, renorm, frozen, group, group_ws, layer, instance, "
-                "response, none. Did you mean 'sync'?"
+                "NormSpec.kind='snyc' is not one of batch, sync, ghost, renorm, frozen, group, group_ws, layer, "
+                "instance, response, none. Did you mean 'sync'?"
             ),
         ),
         (("sync", 8, 0), "sync_ranks=0"),
