@@ -50,6 +50,8 @@ class NormSpec:
         per_kind: overrides for the layers of one dimension: `{"1d": {"kind": "layer"}}`.
         layers: overrides for the layers whose name matches a glob: `{"layer4.*": {"kind": "group"}}`; the first that
             matches, before `per_kind`.
+        include: globs of the layer names that `convert` may change.
+        exclude: globs of the names it leaves as they are, though `include` has them.
         device_batch: samples one device sees per forward; what the decision was made for.
         world_size: ranks; likewise.
         reasons: why, in words.
@@ -66,6 +68,8 @@ class NormSpec:
     frozen_last: float = 0.0
     per_kind: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     layers: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     device_batch: int = 0
     world_size: int = 1
     reasons: tuple[str, ...] = ()
