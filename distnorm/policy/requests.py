@@ -53,8 +53,8 @@ def ghost_size(setting: str, case: Case, ghost: int) -> int:
         )
     if ghost < 2:
         raise ConfigError(
-            f"{setting} with norm.normalization_batch={ghost} and device_batch={b}: a ghost's variance needs 2 samples.\n"
-            "Use at least 2, or norm=instance, that is normalization of each sample alone.",
+            f"{setting} with norm.normalization_batch={ghost} and device_batch={b}: a ghost needs 2 samples.\n"
+            "Use at least 2, or norm=instance, that normalizes each sample alone.",
         )
     return ghost
 

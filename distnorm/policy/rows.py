@@ -46,10 +46,8 @@ def _share_contrast(case: Case) -> NormSpec | None:
     """Sync over so many ranks that none can tell its own samples by their statistics."""
     if case.task != "contrastive":
         return None
-    b, leak = (
-        case.device_batch,
-        "contrastive: statistics of one device's samples would tell the loss which belong together",
-    )
+    b = case.device_batch
+    leak = "contrastive: statistics of one device's samples would tell the loss which belong together"
     if case.reachable < 2:
         return NormSpec("group", 1, reasons=(leak, "one rank with one sample has no batch"), evidence=cite("alone"))
     if case.world_size == 1:
@@ -57,7 +55,7 @@ def _share_contrast(case: Case) -> NormSpec | None:
         return NormSpec("batch", b, reasons=(why,), evidence=cite("leak"))
     aim = max(CONTRAST, case.aim)
     shared = [g for g in case.divisors if g > 1]
-    ranks = next((g for g in shared if g * b >= aim), case.world_size)
+    ranks = next((g for g in shared if g * b >= aim and case.iid), case.world_size)
     how = f"{ranks} × {b} = {ranks * b} ≥ {aim}"
     if ranks * b < aim:
         how = f"all {ranks} ranks reach {ranks * b} samples, {aim - ranks * b} short of {aim}: enlarge the device batch"
