@@ -46,3 +46,47 @@ def frozen_batch_norm(x, dy, weight, bias, mean, var, eps=1e-5):
         "y": like((by_channel(x) - mean[:, None]) * scale + bias[:, None], x),
         "dx": like(by_channel(dy) * scale, x),
     }
+
+
+def batch_norm_step(x, weight, bias, eps=1e-5):
+    """Batch norm of [N, C], and the batch's mean and unbiased variance."""
+    mean, var = x.mean(0), x.var(0)
+    return (x - mean) / np.sqrt(var + eps) * weight + bias, mean, x.var(0, ddof=1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm(xs, h, c, weights, statistics=None):
+    """Batch normalized LSTM over time, Cooijmans et al. 2017, equations 6 to 8; gates in the order i, f, g, o.
+
+    Args:
+        xs: [T, N, I].
+        h: [N, H].
+        c: [N, H].
+        weights: ih [4H, I], hh [4H, H], bias [4H], gains of the norms of both [4H], gain and shift [H] of the cell's.
+        statistics: of each time step, mean and variance of the three norms; the batch's own, if `None`.
+
+    Returns:
+        h and c after each step; and mean and unbiased variance of the three norms at each.
+    """
+    w_ih, w_hh, bias, gain_ih, gain_hh, gain_c, shift_c = weights
+    found, measured = [], []
+
+    def norm(x, gain, shift, t, place):
+        if statistics is not None:
+            mean, var = statistics[t][place]
+            return (x - mean) / np.sqrt(var + 1e-5) * gain + shift
+        y, mean, var = batch_norm_step(x, gain, shift)
+        measured[-1].append((mean, var))
+        return y
+
+    for t, x in enumerate(xs):
+        measured.append([])
+        gates = norm(x @ w_ih.T, gain_ih, 0, t, 0) + norm(h @ w_hh.T, gain_hh, 0, t, 1) + bias
+        i, f, g, o = np.split(gates, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(norm(c, gain_c, shift_c, t, 2))
+        found.append((h, c))
+    return found, measured

@@ -2,6 +2,8 @@
 
 from distnorm.norms.frozen import FrozenBatchNorm as FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm as GhostBatchNorm
+from distnorm.norms.lstm import BatchNormLSTMCell as BatchNormLSTMCell
+from distnorm.norms.recurrent import RecurrentBatchNorm as RecurrentBatchNorm
 from distnorm.norms.renorm import BatchRenorm as BatchRenorm
 from distnorm.norms.response import FilterResponseNorm as FilterResponseNorm
 from distnorm.norms.sync import SyncBatchNorm as SyncBatchNorm
