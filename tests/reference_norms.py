@@ -90,3 +90,32 @@ def lstm(xs, h, c, weights, statistics=None):
         h = sigmoid(o) * np.tanh(norm(c, gain_c, shift_c, t, 2))
         found.append((h, c))
     return found, measured
+
+
+def filter_response_norm(x, dy, weight, bias, eps=1e-6):
+    """Singh & Krishnan 2020, equations 1 and 2, and the derivatives of their appendix."""
+    over, wide = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+    invrms = 1 / np.sqrt((x**2).mean(over, keepdims=True) + eps)
+    xhat, dxhat = x * invrms, dy * weight.reshape(wide)
+    deps = (-0.5 * dxhat * x * invrms**3).sum()
+    return {
+        "y": xhat * weight.reshape(wide) + bias.reshape(wide),
+        "dx": invrms * (dxhat - xhat * (dxhat * xhat).mean(over, keepdims=True)),
+        "dweight": (dy * xhat).sum((0, *over)),
+        "dbias": dy.sum((0, *over)),
+        "deps": deps,
+    }
+
+
+def standardized_filters(weight, eps=1e-5):
+    """Qiao et al. 2019: each row of [O, fan-in] less its mean, over its deviation."""
+    return (weight - weight.mean(1, keepdims=True)) / np.sqrt(weight.var(1, keepdims=True) + eps)
+
+
+def local_response_norm(x, size, alpha, beta, k):
+    """Krizhevsky et al. 2012, section 3.3, channel by channel; torch's alpha is divided by the channels in a window."""
+    y = np.empty_like(x)
+    for c in range(x.shape[1]):
+        window = slice(max(0, c - size // 2), min(x.shape[1], c + size // 2 + 1))
+        y[:, c] = x[:, c] / (k + alpha / size * (x[:, window] ** 2).sum(1)) ** beta
+    return y

@@ -6,4 +6,5 @@ from distnorm.norms.lstm import BatchNormLSTMCell as BatchNormLSTMCell
 from distnorm.norms.recurrent import RecurrentBatchNorm as RecurrentBatchNorm
 from distnorm.norms.renorm import BatchRenorm as BatchRenorm
 from distnorm.norms.response import FilterResponseNorm as FilterResponseNorm
+from distnorm.norms.response import ThresholdedLinearUnit as ThresholdedLinearUnit
 from distnorm.norms.sync import SyncBatchNorm as SyncBatchNorm

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distnorm.errors import ConfigError
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.recomputation import Pass
@@ -38,6 +39,7 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     Collective: none.
 
     Raises:
+        ConfigError: `ghost_batch` is below 1.
         ShapeError: dimension 1 is not `num_features`.
         ValueError: (torch's) a ghost has one value a channel.
 
@@ -64,6 +66,8 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if ghost_batch < 1:
+            raise ConfigError(f"ghost_batch={ghost_batch} must be at least 1. Give the samples that share statistics.")
         self.ghost_batch = ghost_batch
 
     def extra_repr(self) -> str:
