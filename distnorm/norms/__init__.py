@@ -8,3 +8,4 @@ from distnorm.norms.renorm import BatchRenorm as BatchRenorm
 from distnorm.norms.response import FilterResponseNorm as FilterResponseNorm
 from distnorm.norms.response import ThresholdedLinearUnit as ThresholdedLinearUnit
 from distnorm.norms.sync import SyncBatchNorm as SyncBatchNorm
+from distnorm.norms.weight_norm import weight_normalize as weight_normalize

@@ -44,8 +44,8 @@ class FilterResponseNorm(nn.Module):
         >>> layer(torch.randn(8, 3, 4, 4)).shape
         torch.Size([8, 3, 4, 4])
 
-    Source: Singh & Krishnan 2020, equations 1 and 2, and section 3.2 for `learnable_eps`. An input [N, C], to which the paper
-        would have it fit too, is refused.
+    Source: Singh & Krishnan 2020, equations 1 and 2, and section 3.2 for `learnable_eps`. An input [N, C], to which the
+        paper would have it fit too, is refused.
     """
 
     layer_name: str = ""
