@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distnorm import ConfigError, GhostBatchNorm
+from distnorm import ConfigError, GhostBatchNorm, ShapeError
 from tests import reference, steps
 
 pytestmark = pytest.mark.unit
@@ -82,3 +82,14 @@ def test_evaluation_is_torchs_and_moves_nothing():
 def test_ghosts_of_nobody_are_refused(ghost_batch):
     with pytest.raises(ConfigError, match=rf"ghost_batch={ghost_batch} must be at least 1. Give the samples"):
         GhostBatchNorm(3, ghost_batch)
+
+
+@pytest.mark.parametrize(("samples", "ghost_batch"), [(5, 4), (3, 1), (1, 4)])
+def test_a_ghost_of_one_value_is_refused_before_anything_moves(samples, ghost_batch):
+    layer = GhostBatchNorm(3, ghost_batch)
+    with pytest.raises(ShapeError) as caught:
+        layer(torch.randn(samples, 3))
+    assert f"{samples} samples in runs of ghost_batch={ghost_batch}; a variance needs 2" in str(caught.value)
+    assert f"Use a ghost_batch of at least 2 that divides {samples}, or GroupNorm (norm=group)" in str(caught.value)
+    assert int(layer.num_batches_tracked) == 0
+    assert layer(torch.randn(samples, 3, 2)).isfinite().all()
