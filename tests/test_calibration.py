@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from distnorm import ConfigError, GhostBatchNorm, SyncBatchNorm, collectives
 from distnorm.calibration import calibrate
 from distnorm.norms import BatchRenorm, FrozenBatchNorm
+from distnorm.norms.base import OF_ONE_STEP
 from tests import ranks
 
 pytestmark = pytest.mark.unit
