@@ -53,7 +53,7 @@ def test_the_command_takes_every_argument_of_decide(capsys):
     [
         ("--device-batch 8 --ranks 4 --kind synk", "Did you mean 'sync'?"),
         ("--device-batch 8 --ranks 4 --momentum fast", "momentum='fast' must be in (0, 1]"),
-        ("--device-batch 8 --ranks 4 --channels 64,x", "not 'x'"),
+        ("--device-batch 8 --ranks 4 --channels 64,x", "channels=[64, 'x'] must be a list"),
         ("--device-batch 8 --ranks 4 --layers {a", "--layers '{a' is no JSON"),
         ("--device-batch 8 --ranks 4 --kidn sync", "unrecognized arguments: --kidn"),
         ("--device-batch eight --ranks 4", "invalid int value: 'eight'"),

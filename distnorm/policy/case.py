@@ -18,6 +18,9 @@ FAST_US = 20.0
 """Hops between nodes up to so long are worth waiting for in every layer."""
 
 MOST_NODES = 4
+MOST = 10**9
+"""Larger counts are mistakes."""
+
 REFERENCE_STEP_MS = 44.0
 """A step of ResNet-50 over 32 images on one V100 (NVIDIA DeepLearningExamples, 5815.8 images/s on 8): the measure of
 the overhead, where no other is given."""
@@ -94,10 +97,11 @@ class Case:
         return [g for g in few if self.overhead_of(g) <= self.max_overhead]
 
     def nodes_of(self, ranks: int) -> int:
-        """Count the nodes that the widest-spread block of so many consecutive ranks touches."""
+        """Bound the nodes that a block of so many consecutive ranks touches; exact where blocks fit nodes."""
         node = min(self.ranks_per_node or self.world_size, self.world_size)
-        starts = range(0, min(self.world_size, ranks * node), ranks)  # from there on the pattern repeats
-        return max((start + ranks - 1) // node - start // node + 1 for start in starts)
+        # Blocks start on multiples of `ranks`, so the latest place in a node is this; one block alone starts at 0.
+        latest = 0 if ranks == self.world_size else node - math.gcd(ranks, node)
+        return (latest + ranks - 1) // node + 1
 
     def cost_of(self, ranks: int) -> float:
         """Predict the wire time of synchronizing over so many ranks, in ms a step."""
@@ -178,9 +182,10 @@ def _check_counts(case: Case) -> None:
         value = getattr(case, name)
         if name == "ranks_per_node" and value is None:
             continue
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value <= MOST:
+            rule = "a whole number" if type(value) is not int or value < 1 else f"and at most {MOST}"
             raise ConfigError(
-                f"{name}={value!r} must be at least 1, a whole number. Give a number of {unit}, e.g. {name}=16."
+                f"{name}={value!r:.40} must be at least 1, {rule}. Give a number of {unit}, e.g. {name}=16."
             )
 
 
@@ -193,7 +198,8 @@ def _check_flags(case: Case) -> None:
 def _check_ranges(case: Case) -> None:
     momentum = 0.1 if case.momentum in (None, "auto") else case.momentum
     _check_range("momentum", momentum, "in (0, 1]: the weight of a new batch", 0.1, lambda v: 0 < v <= 1)
-    _check_range("frozen_last", case.frozen_last or 0, "in [0, 1): a share of training", 0.2, lambda v: 0 <= v < 1)
+    frozen = 0 if case.frozen_last is None else case.frozen_last
+    _check_range("frozen_last", frozen, "in [0, 1): a share of training", 0.2, lambda v: 0 <= v < 1)
     _check_range("max_overhead", case.max_overhead, "0 or more: a share of a step", 0.1, lambda v: v >= 0)
     _check_range("internode_latency_us", case.internode_latency_us, "above 0, microseconds", 5.0, lambda v: v > 0)
     step = REFERENCE_STEP_MS if case.step_ms is None else case.step_ms
@@ -206,10 +212,10 @@ def _check_range(name: str, value: Any, rule: str, example: float, holds: Any) -
         raise ConfigError(f"{name}={value!r} must be {rule}. Use e.g. {name}={example}.")
 
 
-def _check_channels(channels: Sequence[int]) -> None:
-    for count in channels:
-        if type(count) is not int or count < 1:
-            raise ConfigError(
-                f"channels={list(channels)!r:.80} must be whole numbers from 1 on, one a batch norm, not {count!r}. "
-                "Leave it out for ResNet-50's."
-            )
+def _check_channels(channels: Any) -> None:
+    is_list = isinstance(channels, Sequence)
+    if not is_list or not all(type(count) is int and 1 <= count <= MOST for count in channels):
+        raise ConfigError(
+            f"channels={channels!r:.80} must be a list of whole numbers from 1 on, one a batch norm. "
+            "Leave it out for ResNet-50's."
+        )

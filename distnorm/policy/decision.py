@@ -136,7 +136,7 @@ def _with_statistics(case: Case, spec: NormSpec) -> NormSpec:
 
 
 def _globs(name: str, given: Any) -> tuple[str, ...]:
-    globs = (given,) if isinstance(given, str) else tuple(given)
+    globs = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     if not all(isinstance(glob, str) and glob for glob in globs) or (name == "include" and not globs):
         raise ConfigError(f'{name}={given!r} must be globs of layer names. Use e.g. {name}=["layer4.*"].')
     return globs
