@@ -243,3 +243,8 @@ def test_types_may_be_chosen():
         "5.parametrizations",
         "7.parametrizations",
     ]
+
+
+def test_types_that_are_neither_are_refused():
+    with pytest.raises(ConfigError, match=r"include names Embedding, LSTM; .*\n.*include=\(nn.Conv2d, nn.Linear\)"):
+        weight_normalize(convolutional(), batch_of(), include=(nn.Linear, nn.Embedding, nn.LSTM))
