@@ -58,8 +58,7 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
     Raises:
         ConfigError: `include` names other layers; the model is wrapped; has no layer of `include`; one of them is
             normalized already, shares its weight, is transposed with groups, or did not run; the batch is empty; or a
-            channel is the same everywhere.
-            What depends on the batch is found on all ranks alike.
+            channel is the same everywhere. What depends on the batch is found on all ranks alike.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -67,8 +66,8 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
         >>> sorted(name for name, _ in model[0].named_parameters())
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
 
-    Source: Salimans & Kingma 2016, equation 2 and section 3. There g starts at 1 over the
-        deviation of v · x / |v|: the same weights.
+    Source: Salimans & Kingma 2016, equation 2 and section 3. There g starts at 1 over the deviation of
+        v · x / |v|: the same weights.
     """
     layers = _find(model, include)
     found: dict[nn.Module, _Initial] = {}
