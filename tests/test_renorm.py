@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distnorm import ConfigError, ShapeError, collectives
 from distnorm.norms import BatchRenorm
+from distnorm.norms.surgery import become
 from tests import ranks, reference, reference_norms, steps
 
 pytestmark = pytest.mark.unit
@@ -349,3 +350,14 @@ def test_ranks_named_twice_and_shapes_that_do_not_fit_are_refused():
         BatchRenorm(3, sync_ranks=2, group_ranks=(0, 1))
     with pytest.raises(ShapeError, match=r"BatchRenorm\(3\) got an input of shape \(4, 5\).*\n.*3 channels"):
         BatchRenorm(3)(torch.randn(4, 5))
+
+
+def test_a_batch_norm_that_becomes_one_starts_with_what_it_counted():
+    torch.manual_seed(0)
+    source, x = nn.BatchNorm1d(3, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64) * 2 + 1
+    source(x * 3)
+    source.num_batches_tracked.fill_(10**6)
+    mean, var = (value.numpy().copy() for value in (source.running_mean, source.running_var))
+    become(source, BatchRenorm, sync_ranks=1, group_ranks=None)
+    truth = reference_norms.batch_renorm(x.numpy(), np.zeros(x.shape), np.ones(3), np.zeros(3), mean, var, 3.0, 5.0)
+    torch.testing.assert_close(source(x), torch.from_numpy(truth["y"]), rtol=1e-10, atol=1e-10)

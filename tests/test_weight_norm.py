@@ -237,9 +237,22 @@ def test_batches_that_say_nothing_are_refused_on_all_ranks_alike(world):
         assert "channel 0 of layer '0' has standard deviation nan" in message
 
 
+def test_the_models_own_hooks_see_the_initialized_layer():
+    model, seen = nn.Sequential(nn.Linear(3, 4), nn.ReLU()), []
+    model[0].register_forward_hook(lambda _, __, y: seen.append(y) or y * 2)
+    weight_normalize(model, X)
+    close(seen[0].std(0, correction=0), torch.ones(4), 1e-5)
+    close(model(X), 2 * seen[0].relu(), 1e-5)
+
+
 def test_types_may_be_chosen():
     model = weight_normalize(convolutional(), batch_of(), include=(nn.Linear,))
     assert [name for name, _ in model.named_modules() if name.endswith("parametrizations")] == [
         "5.parametrizations",
         "7.parametrizations",
     ]
+
+
+def test_types_that_are_neither_are_refused():
+    with pytest.raises(ConfigError, match=r"include names Embedding, LSTM; .*\n.*include=\(nn.Conv2d, nn.Linear\)"):
+        weight_normalize(convolutional(), batch_of(), include=(nn.Linear, nn.Embedding, nn.LSTM))

@@ -56,9 +56,9 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
         and all get the initialization of the joined batch. Every rank must call, with the same weights.
 
     Raises:
-        ConfigError: the model is wrapped; has no layer of `include`; one of them is normalized already, shares its
-            weight, is transposed with groups, or did not run; the batch is empty; or a channel is the same everywhere.
-            What depends on the batch is found on all ranks alike.
+        ConfigError: `include` names other layers; the model is wrapped; has no layer of `include`; one of them is
+            normalized already, shares its weight, is transposed with groups, or did not run; the batch is empty; or a
+            channel is the same everywhere. What depends on the batch is found on all ranks alike.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -66,8 +66,8 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
         >>> sorted(name for name, _ in model[0].named_parameters())
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
 
-    Source: Salimans & Kingma 2016, equation 2 and section 3. There g starts at 1 over the
-        deviation of v · x / |v|: the same weights.
+    Source: Salimans & Kingma 2016, equation 2 and section 3. There g starts at 1 over the deviation of
+        v · x / |v|: the same weights.
     """
     layers = _find(model, include)
     found: dict[nn.Module, _Initial] = {}
@@ -89,6 +89,11 @@ def _find(model: nn.Module, include: Kinds) -> dict[str, nn.Module]:
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ConfigError(
             f"weight_normalize() got a {type(model).__name__} model. Normalize before wrapping, or pass model.module.",
+        )
+    if others := [kind.__name__ for kind in include if not issubclass(kind, CONVOLUTIONS_AND_LINEARS)]:
+        raise ConfigError(
+            f"include names {', '.join(others)}; weight_normalize() takes convolutions and linears, and their "
+            "subclasses.\nUse e.g. include=(nn.Conv2d, nn.Linear).",
         )
     layers = {name or "(the model)": module for name, module in model.named_modules() if isinstance(module, include)}
     if not layers:
