@@ -72,6 +72,8 @@ class EvaluationStatistics(Callback):
         self._stored: dict[str, Any] | None = None
         self._weights_moved = self._frozen = False
         self._freeze_at = math.inf
+        self._constant: set[nn.Module] = set()
+        self._loader: Any = None  # the trainer forgets it when training ends
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put this rank's own statistics back on resume: DDP's constructor has just made them rank 0's."""
@@ -107,19 +109,20 @@ class EvaluationStatistics(Callback):
         if not self._frozen and trainer.global_step >= self._freeze_at:
             swap_in(pl_module, self._statistics(trainer, pl_module))
             self._frozen = True
-            words = "the statistics of the batch norms are constants from here on"
-            _log.info("Step %d: %s (%s).", trainer.global_step, words, self._spec.evaluation)
+            if trainer.is_global_zero:
+                words = "the statistics of the batch norms are constants from here on"
+                _log.info("Step %d: %s (%s).", trainer.global_step, words, self._spec.evaluation)
         self._forget()
-        self._weights_moved = True
+        self._weights_moved, self._loader = True, trainer.train_dataloader
         if self._frozen:  # each time: Lightning and users call train()
-            for _, layer in normalization_layers(pl_module):
+            self._constant |= {layer for _, layer in normalization_layers(pl_module) if layer.training}
+            for layer in self._constant:
                 layer.eval()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let frozen layers follow the module's mode again."""
-        if self._frozen:
-            for _, layer in normalization_layers(pl_module):
-                layer.train(pl_module.training)
+        while self._constant:
+            self._constant.pop().train(pl_module.training)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the evaluation statistics in."""
@@ -197,7 +200,7 @@ class EvaluationStatistics(Callback):
             with trainer.precision_plugin.forward_context():
                 return model(trainer.strategy.batch_to_device(inputs))
 
-        batches = _again(trainer.train_dataloader) if self._batches is None else self._batches
+        batches = _again(self._loader) if self._batches is None else self._batches
         return calibrate(pl_module, _inputs_of(batches), self._num_samples, forward=run)
 
 
@@ -225,8 +228,6 @@ def _again(loader: Any) -> Iterable[Any]:
     A copy has samplers, generator and workers of its own; the data set is the same.
     """
     loader = loader.loader if isinstance(loader, EvenLoader) else loader
-    if isinstance(loader, list | tuple) and not any(isinstance(part, DataLoader) for part in loader):
-        return loader
     if not isinstance(loader, DataLoader):
         raise ConfigError(
             f"Precise statistics cannot take batches from a training loader of type {type(loader).__name__} without "
@@ -249,5 +250,5 @@ def _first_frozen_step(trainer: pl.Trainer, share: float) -> int:
             f"norm.frozen_last={share} is a share of all steps, and this training has no end that is known.\n"
             "Give it trainer.max_steps, or norm.frozen_last=0.",
         )
-    first: int = math.ceil((1 - share) * total)
-    return first
+    last = math.floor(share * total + 1e-9)  # 0.29 * 100 is a little less than 29
+    return int(total) - last

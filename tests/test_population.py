@@ -39,14 +39,14 @@ def test_pooled_is_the_mixture_of_the_ranks(world):
     means = np.stack([before["0.running_mean"].double().numpy() for before, *_ in found])
     variances = np.stack([before["0.running_var"].double().numpy() for before, *_ in found])
     mean, var = reference.pooled(means, variances)
-    for _, pooled, swapped, unchanged in found:
-        np.testing.assert_allclose(pooled["0.running_mean"], mean, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(pooled["0.running_var"], var, rtol=1e-6)
-        assert torch.equal(swapped["0.running_var"], pooled["0.running_var"])
+    for _, inside, swapped, unchanged in found:
+        np.testing.assert_allclose(inside["0.running_mean"], mean, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(inside["0.running_var"], var, rtol=1e-6)
+        assert torch.equal(swapped["0.running_var"], inside["0.running_var"])
         assert unchanged
         # A rank that has seen no batch has nothing to say: the others' mean stands.
         others = np.mean(range(1, world)) if world > 1 else 0.0
-        np.testing.assert_allclose(pooled["2.running_mean"], others, rtol=1e-6)
+        np.testing.assert_allclose(inside["2.running_mean"], others, rtol=1e-6)
 
 
 def far_apart():
