@@ -2,7 +2,7 @@
 
 from distnorm.agreement import check_ranks as check_ranks
 from distnorm.checkpoint import load as load
-from distnorm.convert import Conversion as Conversion
+from distnorm.conversion import Conversion as Conversion
 from distnorm.convert import convert as convert
 from distnorm.errors import ConfigError as ConfigError
 from distnorm.errors import DistNormError as DistNormError

@@ -22,4 +22,5 @@ class Identity(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Apply what follows, if anything. Shape: any."""
-        return followed(self, input)
+        works_in_place = any(getattr(module, "inplace", False) for module in self.modules())
+        return followed(self, input.clone() if works_in_place else input)  # a norm's output was nobody else's
