@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from distnorm.norms.surgery import source_of
+from distnorm.norms.surgery import looks_like_batch_norm, source_of
 from distnorm.norms.weight import STANDARDIZED
 
 PRODUCERS: tuple[type[nn.Module], ...] = (
@@ -59,7 +59,7 @@ def traced(model: nn.Module) -> list[Flow] | None:
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     flows = []
     for concrete in (defaults, {}) if defaults else ({},):
-        kept = [_keep(module) for module in model.modules()]
+        kept = [_keep(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
         try:
             flows.append(_flow_of(model, _Tracer().trace(model, concrete_args=concrete or None)))
         except Exception:  # noqa: BLE001 — a forward may raise anything on a value that is not there
@@ -124,7 +124,9 @@ def tied_parameters(model: nn.Module) -> set[int]:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    if source_of(module) is not None or isinstance(module, PRODUCERS) or is_hooked(module):
+    if source_of(module) is not None or looks_like_batch_norm(module):
+        return True
+    if isinstance(module, PRODUCERS) or is_hooked(module):
         return True
     return not any(True for _ in module.children()) and type(module).__module__.startswith("torch.nn")
 

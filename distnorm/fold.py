@@ -151,6 +151,8 @@ def _reasons_to_stay(norm: nn.Module, layer: nn.Module | None, flows: list[Flow]
         yield "it has no running statistics"
     if not flows[0].calls[norm]:
         yield "it is not called, or inside a module that hooks watch"
+    if flows[0].calls[norm] > 1:
+        yield f"it is called {flows[0].calls[norm]} times"
     if layer is None or type(layer) not in PRODUCERS:
         yield f"it takes the output of {'no layer alone' if layer is None else f'a {type(layer).__name__}'}"
         return
@@ -209,11 +211,13 @@ def _keep(module: nn.Module) -> Callable[[], None]:
 def _check_output(model: nn.Module, before: Any, after: Any) -> None:
     pairs = zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True)
     for old, new in ((a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point() and a.numel()):
-        largest = max(1.0, float(old.nan_to_num().abs().max()))
-        error = float((old - new).nan_to_num().abs().max()) / largest
+        same_nan = torch.equal(old.isfinite(), new.isfinite())
+        error = float((old - new).nan_to_num(0, 0, 0).abs().max()) if same_nan else float("inf")
+        error /= max(1.0, float(old.nan_to_num(0, 0, 0).abs().max()))
         allowed = max(1e-5, 8 * torch.finfo(old.dtype).eps)
         if error > allowed:
             raise ConfigError(
                 f"fold() changed the output of {type(model).__name__} by {error:.1e} of its largest value, more than "
-                f"{allowed:.0e}, and undid it.\nDoes it compute the same each time? A forward hook on a layer keeps it apart."
+                f"{allowed:.0e}, and undid it.\n"
+                "Does it compute the same each time? A forward hook on a layer keeps it from being merged."
             )

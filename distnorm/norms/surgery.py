@@ -129,7 +129,7 @@ def check_model(model: object, verb: str) -> None:
 def find_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
     """Collect whatever is a batch norm, known or not, by its first name, in the model's order."""
     norms = ((name or "(the model)", module) for name, module in model.named_modules())
-    return {name: module for name, module in norms if source_of(module) or _looks_like_batch_norm(module)}
+    return {name: module for name, module in norms if source_of(module) or looks_like_batch_norm(module)}
 
 
 def check_known(name: str, norm: nn.Module) -> Source:
@@ -194,7 +194,8 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     module.__dict__.update(attributes)
 
 
-def _looks_like_batch_norm(module: nn.Module) -> bool:
+def looks_like_batch_norm(module: nn.Module) -> bool:
+    """Tell whether a module is a batch norm by its class's ancestors, or its name where it is scripted."""
     if isinstance(module, torch.jit.ScriptModule):
         return "BatchNorm" in str(getattr(module, "original_name", ""))
     return isinstance(module, _BatchNorm)
