@@ -17,7 +17,6 @@ from distnorm.biases import RemovedBias, redundant_biases
 from distnorm.changes import CHANGES, channels_of, check_change, dimension_of, to_standardized
 from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
 from distnorm.errors import ConfigError, divisors_in_words
-from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
 from distnorm.norms.weight import STANDARDIZED
 from distnorm.selection import Names, Selectors, check_override, override_of
@@ -138,7 +137,7 @@ class _Plan:
                 snapshots.append(Snapshot(module))
                 why = change(module, own)
                 snapshots[-1].finish()
-                if isinstance(module, AbstractBatchStatisticsNorm):
+                if hasattr(type(module), "layer_name"):
                     module.layer_name = name
                 rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
         except BaseException:
@@ -254,5 +253,5 @@ def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Itera
     for (name, module), (_, after) in itertools.pairwise(leaves):
         if type(module) not in STANDARDIZED or id(after) not in ids or channels_of(module) != channels_of(after):
             continue
-        if module.weight[0].numel() > 1:  # a filter of one weight would be standardized to 0
+        if module.weight.numel() > channels_of(module):  # a filter of one weight has no variance
             yield name, module

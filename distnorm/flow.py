@@ -126,7 +126,7 @@ def tied_parameters(model: nn.Module) -> set[int]:
 def _is_leaf(module: nn.Module) -> bool:
     if source_of(module) is not None or looks_like_batch_norm(module):
         return True
-    if isinstance(module, PRODUCERS) or is_hooked(module):
+    if isinstance(module, PRODUCERS) or is_hooked(module) or type(module).__module__.startswith("distnorm.norms"):
         return True
     return not any(True for _ in module.children()) and type(module).__module__.startswith("torch.nn")
 

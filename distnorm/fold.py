@@ -13,7 +13,7 @@ from distnorm.conversion import Snapshot, aligned
 from distnorm.errors import ConfigError
 from distnorm.flow import PRODUCERS, Flow, is_hooked, tied_parameters, traced, watched, why_not
 from distnorm.norms.surgery import after_of, check_model, find_batch_norms, source_of
-from distnorm.norms.weight import STANDARDIZED, standardized
+from distnorm.norms.weight import STANDARDIZED, standardized, standardized_transposed
 
 _PLAIN = {standard: plain for plain, standard in STANDARDIZED.items()}
 
@@ -168,7 +168,9 @@ def _reasons_to_stay(norm: nn.Module, layer: nn.Module | None, flows: list[Flow]
 @torch.no_grad()
 def _merge(layer: Any, norm: Any) -> None:
     if type(layer) in _PLAIN:
-        layer.weight.data = standardized(layer.weight.double()).to(layer.weight.dtype)
+        wide = layer.weight.double()
+        filters = standardized_transposed(wide, layer.groups) if layer.transposed else standardized(wide)
+        layer.weight.data = filters.to(layer.weight.dtype)
         layer.__class__ = _PLAIN[type(layer)]
     scale_C = (norm.running_var.double() + getattr(norm, "eps", 0.0)).rsqrt()  # torchvision's first had no eps
     if norm.weight is not None:

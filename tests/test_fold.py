@@ -12,7 +12,7 @@ from distnorm import ConfigError, SyncBatchNorm, convert
 from distnorm.fold import fold
 from distnorm.models import ResNet
 from distnorm.norms import FrozenBatchNorm
-from distnorm.norms.weight import StandardizedConv2d
+from distnorm.norms.weight import StandardizedConv2d, StandardizedConvTranspose1d
 from tests.nasty import KINDS, BatchNormAct2d, FrozenBatchNorm2d, OwnForward, Swish, picture, same_values, values
 
 pytestmark = pytest.mark.unit
@@ -36,6 +36,7 @@ LAYERS = {
     "ConvTranspose2d": (nn.ConvTranspose2d, 2),
     "ConvTranspose3d": (nn.ConvTranspose3d, 3),
     "StandardizedConv2d": (StandardizedConv2d, 2),
+    "StandardizedConvTranspose1d": (StandardizedConvTranspose1d, 1),
 }
 NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -63,7 +64,7 @@ def test_the_output_stays(
     cls, dimensions = LAYERS[name]
     channels, into = groups * per_group[1], groups * per_group[0]
     options = {"kernel_size": kernel, "stride": stride, "dilation": dilation, "padding": padding, "groups": groups}
-    if not name.startswith("ConvTranspose"):
+    if "Transpose" not in name:
         options["padding_mode"] = padding_mode
     layer = cls(into, channels, bias=bias, **(options if dimensions else {}))
     affine = affine or norm == "frozen"
