@@ -138,7 +138,7 @@ class _Plan:
                 why = change(module, own)
                 snapshots[-1].finish()
                 if hasattr(type(module), "layer_name"):
-                    module.layer_name = name
+                    module.layer_name = name  # type: ignore[assignment]
                 rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
         except BaseException:
             for snapshot in reversed(snapshots):
