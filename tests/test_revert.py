@@ -140,6 +140,17 @@ def test_revert_follows_a_model_that_changed_its_dtype(kind, affine):
     assert model[1].weight is weight
 
 
+def test_constants_that_learned_follow_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8))
+    conversion = convert_all(model, "sync")
+    model.double()
+    with torch.no_grad():
+        model[1].weight.fill_(3)
+    conversion.revert()
+    assert torch.equal(model[1].weight, torch.full((8,), 3.0, dtype=torch.float64))
+    assert model(torch.randn(4, 3, 2, 2, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_revert_follows_a_model_from_meta():
     model = ResNet(widths=(4, 8)).to("meta")
     conversion = convert(model, KINDS["none"])
