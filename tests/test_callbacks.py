@@ -37,6 +37,9 @@ class Task(pl.LightningModule):
         self.losses.append(loss.item())
         return loss
 
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.train()  # as users do, and Lightning did
+
     def validation_step(self, batch, batch_idx):
         self.seen.append((self.model[1].running_mean.clone(), self.model[1].running_var.clone()))
 
