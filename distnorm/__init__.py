@@ -14,7 +14,7 @@ from distnorm.identity import identity_init as identity_init
 from distnorm.moments import Moments as Moments
 from distnorm.norms import GhostBatchNorm as GhostBatchNorm
 from distnorm.norms import SyncBatchNorm as SyncBatchNorm
-from distnorm.norms.surgery import register as register_norm
+from distnorm.norms.surgery import register_norm as register_norm
 from distnorm.policy import decide as decide
 from distnorm.population import evaluation_statistics as evaluation_statistics
 from distnorm.population import pool_running_stats as pool_running_stats

@@ -11,16 +11,16 @@ from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.renorm import BatchRenorm
 from distnorm.norms.response import FilterResponseNorm
 from distnorm.norms.sample import GroupNorm, Identity
-from distnorm.norms.surgery import after_of, become, register, source_of
+from distnorm.norms.surgery import after_of, become, register_norm, source_of
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
 from distnorm.spec import NormSpec, group_count
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_SETTINGS = ("momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch")
+_SETTINGS = ("momentum", "track_running_stats")
 _DIMENSIONS = {"BatchNorm1d": "1d", "BatchNorm2d": "2d", "BatchNorm3d": "3d"}
 
-register(FrozenBatchNorm, frozen=True)
+register_norm(FrozenBatchNorm, frozen=True)
 
 
 def channels_of(module: nn.Module) -> int:
@@ -87,7 +87,7 @@ def _to_renorm(norm: nn.Module, spec: NormSpec) -> str:
 
 def _to_frozen(norm: nn.Module, spec: NormSpec) -> str:
     thaw(norm)
-    _forget(norm, "momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch")
+    _forget(norm, *_SETTINGS)
     become(norm, FrozenBatchNorm)
     for parameter in norm.parameters(recurse=False):
         parameter.requires_grad_(False)

@@ -9,7 +9,7 @@ from torch import nn
 
 from distnorm import NormSpec
 from distnorm.models import ResNet
-from distnorm.norms.surgery import register
+from distnorm.norms.surgery import register_norm
 
 KINDS = {
     "batch": NormSpec("batch", 8),
@@ -93,7 +93,7 @@ class Swish(nn.BatchNorm2d):
         return self.gate(super().forward(x))
 
 
-register(Swish, after=("gate",))
+register_norm(Swish, after=("gate",))
 
 
 class Renamed(nn.BatchNorm2d):

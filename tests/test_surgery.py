@@ -9,7 +9,7 @@ from distnorm.checkpoint import entry
 from distnorm.models import ResNet
 from distnorm.models.resnet import BasicBlock
 from distnorm.norms import FrozenBatchNorm
-from distnorm.norms.surgery import register, source_of
+from distnorm.norms.surgery import register_norm, source_of
 from tests import nasty, ranks
 from tests.nasty import KINDS, BatchNormAct2d, FrozenBatchNorm2d, OwnForward, Swish, SyncBatchNormAct
 
@@ -169,9 +169,9 @@ def test_a_subclass_that_changes_nothing_needs_no_registration():
 
 def test_register_refuses_what_it_cannot_use():
     with pytest.raises(ConfigError, match=r"got 'Swish', that is no class.*Give it the class itself"):
-        register("Swish")
+        register_norm("Swish")
     with pytest.raises(ConfigError, match=r"after='gate', that must be a tuple.*after=\('gate',\)"):
-        register(Swish, after="gate")
+        register_norm(Swish, after="gate")
 
 
 # -- refusals
@@ -182,7 +182,7 @@ class Gateless(nn.BatchNorm2d):
         return self.gate(super().forward(x))
 
 
-register(Gateless, after=("gate",))
+register_norm(Gateless, after=("gate",))
 
 
 def wrapped_inside():

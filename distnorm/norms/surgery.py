@@ -44,7 +44,7 @@ _WRAPPERS = {
 }
 
 
-def register(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: bool = False) -> None:
+def register_norm(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: bool = False) -> None:
     """Tell `convert` and `fold` that a class is a batch norm, though its forward is its own.
 
     Args:
@@ -65,19 +65,21 @@ def register(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: bool 
         ...
         ...     def forward(self, x):
         ...         return self.act(super().forward(x))
-        >>> register(ActiveNorm, after=("act",))
+        >>> register_norm(ActiveNorm, after=("act",))
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise ConfigError(
-            f"register() got {cls!r}, that is no class of modules. Give it the class itself, e.g. type(model.bn1)."
+            f"register_norm() got {cls!r}, that is no class of modules. Give it the class itself, e.g. type(model.bn1)."
         )
     if isinstance(after, str):
-        raise ConfigError(f"register() got after={after!r}, that must be a tuple of names. Give after=({after!r},).")
+        raise ConfigError(
+            f"register_norm() got after={after!r}, that must be a tuple of names. Give after=({after!r},)."
+        )
     SOURCES[cls] = Source(tuple(after), frozen)
 
 
 for _cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-    register(_cls)
+    register_norm(_cls)
 
 
 def source_of(module: nn.Module) -> Source | None:
@@ -176,6 +178,9 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
     return {name: norm for name, norm in find_batch_norms(model).items() if not check_known(name, norm).frozen}
 
 
+_OF_A_KIND = ("sync_ranks", "group_ranks", "ghost_batch", "r_max", "d_max", "warmup", "ramp")
+
+
 def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     """Make a module one of another class, in place.
 
@@ -187,7 +192,7 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     after = after_of(module)
     module.__class__ = cls
     # torch's synchronized layer holds a process group, and ours what belongs to one step: nothing could copy them
-    for name in ("process_group", "layer_name", *OF_ONE_STEP):
+    for name in ("process_group", "layer_name", *_OF_A_KIND, *OF_ONE_STEP):
         module.__dict__.pop(name, None)
     if after:
         module.__dict__["after"] = after
