@@ -203,6 +203,8 @@ def test_the_price_comes_from_curve_and_planner():
     assert (decide(8, 4).penalty, decide(8, 4).cost_ms) == (0.1, 1.0)
     assert decide(8, 4, channels=[64] * 5).cost_ms < 0.2
     assert (decide(2, 4, task="generative").penalty, decide(8, 4, task="contrastive").penalty) == (None, None)
+    assert decide(64, 4, iid=False, kind="batch").penalty is None  # nobody measured a part of a mixture
+    assert decide(8, 4, iid=False).penalty == 0.1
     far = decide(2, 16, ranks_per_node=4, internode_latency_us=20, step_ms=1000)
     assert far.cost_ms > decide(2, 16, ranks_per_node=4).cost_ms + 2
 
