@@ -30,7 +30,9 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     data = build(settings.data)
     seed_weights(settings.seed)
     model = build(settings.model)
-    spec = settings.decide(ranks.world_size, ranks.per_node, [layer.num_features for _, layer in normalization_layers(model)])
+    spec = settings.decide(
+        ranks.world_size, ranks.per_node, [layer.num_features for _, layer in normalization_layers(model)]
+    )
     conversion = convert(model, spec)
     report.announce(settings, ranks, run, data, conversion)
 
