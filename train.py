@@ -37,7 +37,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
 
     throughput = Throughput(settings.device_batch * ranks.world_size)
     drift = DriftMonitor(settings.drift.interval)
-    callbacks = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
+    callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
     callbacks += [drift] if settings.drift.kind != "none" else []

@@ -181,7 +181,7 @@ def test_what_is_right_passes_in_whatever_way_it_is_written():
 MISTYPED = [
     (
         "norm=synk",
-        "norm='synk' is not one of auto, batch, frozen, ghost, group, group_ws, instance, layer, none, renorm, response,",
+        "norm='synk' is not one of auto, batch, frozen, ghost, group, group_ws, instance, layer, none, renorm,",
         "Did you mean 'sync'?",
     ),
     ("experiment=smal_batch", "experiment='smal_batch'", "Did you mean 'small_batch'?"),
