@@ -39,19 +39,33 @@ DECIDE: Mapping[str, Mapping[str, Any]] = {
 }
 """Flags of `distnorm decide`: the arguments of `distnorm.decide`."""
 
+CALIBRATE: Mapping[str, Mapping[str, Any]] = {
+    "run": {"help": "the run's folder"},
+    "data": {"nargs": "*", "help": "what differs in its data: data.root=/other/images"},
+    "--name": {"required": True, "help": "of the domain, to find its statistics by"},
+    "--num-samples": {"type": int, "default": 1024, "help": "samples to measure on (1024)"},
+}
+"""Arguments of `distnorm calibrate`: those of `distnorm.launch.adaptation.adapt`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer `distnorm --version` and `distnorm decide`."""
+    """Answer `distnorm --version`, `distnorm decide` and `distnorm calibrate`."""
     parser = argparse.ArgumentParser(prog="distnorm", description=distnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"distnorm {distnorm.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="decide")
+    commands = parser.add_subparsers(required=True, metavar="decide | calibrate")
     usage = "distnorm decide --device-batch N --ranks N [more; see distnorm decide --help]"
     decide = commands.add_parser("decide", usage=usage, help="say which samples share statistics, and why")
     decide.add_argument("--json", action="store_true", help="print the decision as JSON")
     for flag, options in DECIDE.items():
         decide.add_argument(flag, default=argparse.SUPPRESS, **options)
+    decide.set_defaults(answer=_decide)
+    calibrate = commands.add_parser("calibrate", help="measure a trained model's statistics on other data, by name")
+    for argument, options in CALIBRATE.items():
+        calibrate.add_argument(argument, **options)
+    calibrate.set_defaults(answer=_calibrate)
+    asked = vars(parser.parse_args(arguments))
     try:
-        _decide(**vars(parser.parse_args(arguments)))
+        asked.pop("answer")(**asked)
     except distnorm.DistNormError as error:
         console.fail(error)
 
@@ -62,6 +76,13 @@ def _decide(*, json: bool, **asked: Any) -> None:
             asked[name] = read(asked[name])
     spec = distnorm.decide(**asked)
     print(_dumps(spec.to_dict()) if json else render(spec))
+
+
+def _calibrate(**asked: Any) -> None:
+    from distnorm.launch.adaptation import adapt  # noqa: PLC0415 — loads Hydra, that `decide` does without
+
+    console.quiet_libraries()
+    print(f"statistics {asked['name']!r} are in {adapt(**asked)}")
 
 
 def _dumps(values: dict[str, Any]) -> str:

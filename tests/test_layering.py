@@ -27,7 +27,7 @@ LADDER = [
     ["settings"],
     ["launch.ranks"],
     ["launch.run_dir", "launch.console"],
-    ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides"],
+    ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],
     ["launch.trainer"],
     ["launch.entry"],
     ["cli"],
