@@ -17,6 +17,30 @@ OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
 
 
+def name_in_words(layer: Any) -> str:
+    """Name a layer in a message: its place in the model, or its class where it has none."""
+    return layer.layer_name or f"{type(layer).__name__}({layer.num_features})"
+
+
+def check_input(layer: Any, x: Tensor) -> None:
+    """Refuse what is not [N, num_features, *] floating.
+
+    Raises:
+        ShapeError: it is not.
+    """
+    name, channels = name_in_words(layer), layer.num_features
+    if x.dim() < 2 or x.shape[1] != channels:
+        raise ShapeError(
+            f"{name} got an input of shape {tuple(x.shape)}; it normalizes [N, {channels}, *].\n"
+            f"Give it samples in the first dimension and {channels} channels in the second, or build it with the "
+            "num_features of its input.",
+        )
+    if not x.is_floating_point():
+        raise ShapeError(
+            f"{name} got an input of {x.dtype}; it normalizes floating-point values. Give it input.float().",
+        )
+
+
 def followed(layer: Any, y: Tensor) -> Tensor:
     """Apply the submodules that a layer names in `after`."""
     for name in layer.after:
@@ -61,22 +85,11 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
-        if input.dim() < 2 or input.shape[1] != self.num_features:
-            raise ShapeError(
-                f"{self.name_in_words()} got an input of shape {tuple(input.shape)}; "
-                f"it normalizes [N, {self.num_features}, *].\n"
-                f"Give it samples in the first dimension and {self.num_features} channels in the second, or build it "
-                "with the num_features of its input.",
-            )
-        if not input.is_floating_point():
-            raise ShapeError(
-                f"{self.name_in_words()} got an input of {input.dtype}; it normalizes floating-point values. "
-                "Give it input.float().",
-            )
+        check_input(self, input)
 
     def name_in_words(self) -> str:
         """Name the layer in a message: its place in the model, or its class where it has none."""
-        return self.layer_name or f"{type(self).__name__}({self.num_features})"
+        return name_in_words(self)
 
     def _repeated(self, own: Tensor | None = None) -> Pass | None:
         """Find the pass that this forward repeats, if activation checkpointing runs it again."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distnorm.norms.base import followed
+from distnorm.norms.base import check_input, followed
 
 
 class FrozenBatchNorm(nn.Module):
@@ -17,13 +17,39 @@ class FrozenBatchNorm(nn.Module):
 
         y = (x - running_mean) / sqrt(running_var + eps) * weight + bias
 
-    `train()` changes nothing. Not a `_BatchNorm`: nothing that looks for batch norms to update finds it.
+    `train()` changes nothing, and neither does an optimizer: `weight` and `bias` are cut out of the graph, so that
+    `model.requires_grad_(True)` does not make them learn (DDP would then miss their gradients: freeze them again before
+    wrapping). It is no `_BatchNorm`: what looks for batch norms to update does not find it. Parameters and buffers have
+    `nn.BatchNorm`'s names, and a checkpoint of batch norm loads, or one of torchvision's `FrozenBatchNorm2d`, that has
+    no `num_batches_tracked`.
+
+    Args:
+        num_features: C, channels of the input.
+        eps: added to the variance.
+        device: where parameters and buffers live.
+        dtype: of parameters and buffers.
+
+    Shape: input [N, C, *] floating, N may be 0. output: the same.
+
+    Collective: none.
+
+    Raises:
+        ShapeError: dimension 1 is not `num_features`; or the input is not floating.
+
+    Example:
+        >>> layer = FrozenBatchNorm(3)
+        >>> _ = layer.load_state_dict(torch.nn.BatchNorm2d(3).state_dict())
+        >>> layer(torch.randn(8, 3, 4, 4)).shape
+        torch.Size([8, 3, 4, 4])
+
+    Source: He et al. 2016, appendix A: batch norm as constants while a pretrained network is fine-tuned.
     """
 
     layer_name: str = ""
     after: tuple[str, ...] = ()
     running_mean: Tensor
     running_var: Tensor
+    _version = 2  # of batch norm, since when it counts its batches
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, *, device: Any = None, dtype: torch.dtype | None = None
@@ -36,16 +62,24 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
 
+    def extra_repr(self) -> str:
+        """Show the channels and eps."""
+        return f"{self.num_features}, eps={self.eps}"
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """Scale and shift. Shape: input [N, C, *] floating; output the same."""
+        """Scale and shift.
+
+        Shape: input [N, C, *] floating; output: the same.
+        """
+        check_input(self, input)
         weight, bias = (None if p is None else p.detach() for p in (self.weight, self.bias))
         y = functional.batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            weight,
-            bias,
-            training=False,
-            eps=self.eps,
+            input, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps
         )
         return followed(self, y)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        tracked = self._buffers.get("num_batches_tracked")
+        if tracked is not None:
+            state_dict.setdefault(f"{prefix}num_batches_tracked", tracked)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

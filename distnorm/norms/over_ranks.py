@@ -3,11 +3,13 @@
 Legend: N samples, C channels, T time steps, H rows, R ranks, K = 2C + 1: mean, variance and count of one rank.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from distnorm import collectives
-from distnorm.errors import ShapeError
+from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import statistics_dtype
 from distnorm.norms import exchange, kernels
 from distnorm.norms.base import AbstractBatchStatisticsNorm, followed
@@ -27,6 +29,22 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
     sync_ranks: int | None = None
     group_ranks: tuple[int, ...] | None = None
     _rank_rows: Tensor | None = None
+
+    def _choose_ranks(
+        self, sync_ranks: int | None, group_ranks: tuple[int, ...] | None, process_group: Any = None
+    ) -> None:
+        """Take the ranks that a constructor was given, in one of three ways."""
+        given = {"process_group": process_group, "sync_ranks": sync_ranks, "group_ranks": group_ranks}
+        chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
+        if len(chosen) > 1:
+            raise ConfigError(
+                f"{type(self).__name__} got {' and '.join(chosen)}, that each name its ranks. Give one of them."
+            )
+        if sync_ranks is not None and (not isinstance(sync_ranks, int) or sync_ranks < 1):
+            raise ConfigError(f"sync_ranks={sync_ranks!r} must be at least 1. Give a number of ranks, or None for all.")
+        self.sync_ranks, self.group_ranks = sync_ranks, None if group_ranks is None else tuple(group_ranks)
+        if process_group is not None:
+            self.group_ranks = collectives.adopt(process_group)
 
     def members(self) -> tuple[int, ...]:
         """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""

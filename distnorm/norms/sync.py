@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
-from distnorm.errors import ConfigError
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import become, find_norms, register
@@ -82,15 +81,7 @@ class SyncBatchNorm(AbstractNormOverRanks):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:
             self.register_parameter("bias", None)
-        given = {"process_group": process_group, "sync_ranks": sync_ranks, "group_ranks": group_ranks}
-        chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
-        if len(chosen) > 1:
-            raise ConfigError(f"SyncBatchNorm got {' and '.join(chosen)}, that each name its ranks. Give one of them.")
-        if sync_ranks is not None and (not isinstance(sync_ranks, int) or sync_ranks < 1):
-            raise ConfigError(f"sync_ranks={sync_ranks!r} must be at least 1. Give a number of ranks, or None for all.")
-        self.sync_ranks, self.group_ranks = sync_ranks, None if group_ranks is None else tuple(group_ranks)
-        if process_group is not None:
-            self.group_ranks = collectives.adopt(process_group)
+        self._choose_ranks(sync_ranks, group_ranks, process_group)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
