@@ -31,7 +31,7 @@ class _Strict(BaseModel):
 class NormSettings(_Strict):
     """Who shares statistics: the arguments of `distnorm.decide`."""
 
-    kind: Literal["auto", "batch", "sync", "ghost", "group", "group_ws"]
+    kind: Literal["auto", "batch", "sync", "ghost", "renorm", "group", "group_ws", "layer", "instance"]
     normalization_batch: AtLeastOne
     min_normalization_batch: AtLeastOne
     exact: Flag

@@ -90,7 +90,7 @@ def flatten_contrast(images_NCHW: Images) -> Images:
 
 
 def brighten(images_NCHW: Images) -> Images:
-    """Make every pixel brighter by the range of the clean images: x + 1. Shape: images [N, C, H, W]; result the same."""
+    """Make every pixel brighter by the range of clean images: x + 1. Shape: images [N, C, H, W]; result the same."""
     return images_NCHW + 1
 
 

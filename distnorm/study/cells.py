@@ -110,7 +110,7 @@ class Plan:
         for series, tried in tune.rows.items():
             sums = {rate: sum(_or_inf(losses.get((row, rate))) for row in tried) for rate in tune.grid}
             best[series] = min(sums, key=lambda rate: sums[rate])
-        return {name: best[row.series] for name, row in self._design.rows.items() if row.series in best}
+        return {row: best[self._design.series(row)] for row in self._design.rows if self._design.series(row) in best}
 
     def final(self, rates: dict[str, float]) -> list[Cell]:
         """List the runs of the table, the longest first."""

@@ -38,9 +38,7 @@ class Verdict:
         by = self.claim.by
         texts = [f"{value:.4g}" for value in self.values]
         if self.claim.rule == "falls":
-            signs = [
-                ">" if a > by * b else "≤" if a <= by * b else "?" for a, b in itertools.pairwise(self.values)
-            ]
+            signs = [">" if a > by * b else "≤" if a <= by * b else "?" for a, b in itertools.pairwise(self.values)]
             times = "" if by == 1 else f" {by:g} ×"
             return texts[0] + "".join(f" {s}{times} {text}" for s, text in zip(signs, texts[1:], strict=True))
         rule = "differ by at most" if self.claim.rule == "within" else "at most"

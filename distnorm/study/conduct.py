@@ -1,8 +1,9 @@
-"""Conduct a study from its design to its folder: tune, run every row with every seed, measure, draw, check the claims."""
+"""Conduct a study from its design to its folder: tune, run every row with every seed, measure, draw, check."""
 
 import contextlib
 import dataclasses
 import datetime as dt
+import itertools
 import os
 import platform
 import secrets
@@ -92,7 +93,7 @@ class _Runner:
         tasks = [_Task(self._train, cell, self._make_folder(cell), self._asked) for cell in missing]
         alone = self._workers.run([task for task in tasks if task.cell.num_ranks == 1])
         started = time.monotonic()
-        for number, (task, result) in enumerate((*_chained(alone, self._together(tasks)),), 1):
+        for number, (task, result) in enumerate(itertools.chain(alone, self._together(tasks)), 1):
             outcome = _outcome(task.cell, result)
             found[task.cell.name] = outcome
             self._outcomes.add(task.cell, outcome)
@@ -116,11 +117,6 @@ class _Runner:
         run.ranks.mkdir()
         run.write_settings(cell.settings)
         return run
-
-
-def _chained(first: Iterator[Any], second: Iterator[Any]) -> Iterator[Any]:
-    yield from first
-    yield from second
 
 
 def _run_here(task: _Task) -> dict[str, float]:

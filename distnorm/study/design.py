@@ -21,7 +21,7 @@ class Row(_Strict):
 
     Attributes:
         set: what it changes of the experiment, as one would type it: `norm=ghost`, `data.device_batch=2`.
-        series: its line in the figure, and whose learning rate it takes.
+        series: its line in the figure, and whose learning rate it takes; `null`: the row's name.
         at: its place on the line.
         seeds: instead of the study's.
         against: a row whose training losses its own are compared with, step by step.
@@ -141,6 +141,10 @@ class Design(_Strict):
     keep: bool = False
     continues: str | None = None
 
+    def series(self, row: str) -> str:
+        """Name the series that a row belongs to."""
+        return self.rows[row].series or row
+
 
 def read(node: dict[str, Any]) -> Design:
     """Read the `study:` node.
@@ -178,7 +182,7 @@ def _in_words(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         choices = sorted(name for cls in get_args(_PARTS) for name in cls.model_fields)
         near = did_you_mean(str(first["loc"][-1]), choices)
-        return f"{path}={first['input']!r}: a study has no such key.{near} Leave it out, or see the files of experiment/."
+        return f"{path}={first['input']!r}: a study has no such key.{near} Leave it out, or see those in experiment/."
     if first["type"] == "missing":
         return f"{path} is missing, and a study needs it. Add it to the experiment's file; see those in experiment/."
     return f"{path}={first['input']!r}: {first['msg']}. Give {path} such a value; see the files of experiment/."

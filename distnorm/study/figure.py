@@ -45,7 +45,10 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
     with mpl.rc_context(_STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.4 * len(panels), 4.2), squeeze=False)
         for panel, one in zip(panels, axes[0], strict=True):
-            (_bars if panel.bars else _curves)(one, panel, design, table)
+            if panel.bars:
+                _bars(one, panel, table)
+            else:
+                _curves(one, panel, design, table)
             one.set_ylabel(panel.y)
             one.set_xlabel(design.figure.x)
             if panel.log:
@@ -63,10 +66,10 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
 def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
     """Draw a line a series over its rows' places; a series without places is level, its error a band."""
     column = str(panel.column)
-    series = dict.fromkeys(row.series or name for name, row in design.rows.items())
+    series = dict.fromkeys(map(design.series, design.rows))
     for index, name in enumerate(series):
         colour, marker = _COLOURS[index % 7], _MARKERS[index % 7]
-        rows = [key for key, row in design.rows.items() if (row.series or key) == name and table.of(key, column).runs]
+        rows = [row for row in design.rows if design.series(row) == name and table.of(row, column).runs]
         placed = sorted((float(design.rows[row].at or 0), row) for row in rows if design.rows[row].at is not None)
         if placed:
             numbers = [table.of(row, column) for _, row in placed]
@@ -85,7 +88,7 @@ def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
         axes.minorticks_off()
 
 
-def _bars(axes: Any, panel: Panel, design: Design, table: Table) -> None:
+def _bars(axes: Any, panel: Panel, table: Table) -> None:
     names = list(dict.fromkeys(name for bars in panel.bars.values() for name in bars))
     width = 0.8 / len(names)
     for index, name in enumerate(names):
@@ -98,7 +101,9 @@ def _bars(axes: Any, panel: Panel, design: Design, table: Table) -> None:
             axes.bar(left, number.value, width, yerr=error, capsize=2, color=_COLOURS[index % 7], label=name)
             top = number.value + (error or 0)
             if not math.isnan(number.value):
-                axes.annotate(_short(number.value), (left, top), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+                axes.annotate(
+                    _short(number.value), (left, top), (0, 2), textcoords="offset points", ha="center", fontsize=7
+                )
     axes.set_xticks(range(len(panel.bars)), list(panel.bars))
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import checkpoint
 from distnorm.convert import convert, normalization_layers
@@ -107,7 +106,8 @@ class _Trained:
         if probe.statistics == "precise":
             from distnorm.calibration import calibrate  # noqa: PLC0415
 
-            data = self._data(probe.calibrate if probe.calibrate is not None else probe.data, self._settings.device_batch)
+            source = probe.data if probe.calibrate is None else probe.calibrate
+            data = self._data(source, self._settings.device_batch)
             return calibrate(self._model, (inputs for inputs, _ in data.train_dataloader()), probe.samples)
         return self._saved
 
