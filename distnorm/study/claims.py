@@ -47,7 +47,7 @@ class Verdict:
 
 def check(claim: Claim, table: Table) -> Verdict:
     """Hold a claim against the table."""
-    values = tuple(table.mean(*value.rsplit("/", 1)) for value in claim.values)
+    values = tuple(table.at(value).value for value in claim.values)
     known = all(math.isfinite(value) for value in values)
     if claim.rule == "falls":
         holds = all(value > claim.by * following for value, following in itertools.pairwise(values))

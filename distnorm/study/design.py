@@ -109,11 +109,13 @@ class Figure(_Strict):
         title: above all panels.
         x: below them.
         panels: side by side.
+        series: those that the curves show, in this order; `null`: all.
     """
 
     title: str
     x: str = ""
     panels: list[Panel] = Field(min_length=1)
+    series: list[str] | None = None
 
 
 class Design(_Strict):

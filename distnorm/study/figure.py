@@ -10,7 +10,7 @@ from distnorm.study.table import Table
 # Okabe & Ito's colours, that colour-blind readers tell apart
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_STYLE = {
+_STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.grid": True,
@@ -66,7 +66,7 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
 def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
     """Draw a line a series over its rows' places; a series without places is level, its error a band."""
     column = str(panel.column)
-    series = dict.fromkeys(map(design.series, design.rows))
+    series = design.figure.series or list(dict.fromkeys(map(design.series, design.rows)))
     for index, name in enumerate(series):
         colour, marker = _COLOURS[index % 7], _MARKERS[index % 7]
         rows = [row for row in design.rows if design.series(row) == name and table.of(row, column).runs]
@@ -95,7 +95,7 @@ def _bars(axes: Any, panel: Panel, table: Table) -> None:
         for place, bars in enumerate(panel.bars.values()):
             if name not in bars:
                 continue
-            number = table.of(*bars[name].rsplit("/", 1))  # type: ignore[arg-type]
+            number = table.at(bars[name])
             left = place + (index - (len(names) - 1) / 2) * width
             error = None if math.isnan(number.error) else number.error
             axes.bar(left, number.value, width, yerr=error, capsize=2, color=_COLOURS[index % 7], label=name)

@@ -56,9 +56,10 @@ class Table:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         return Mean(statistics.fmean(values), error, len(values))
 
-    def mean(self, row: str, column: str) -> float:
-        """Give one number's mean."""
-        return self.of(row, column).value
+    def at(self, reference: str) -> Mean:
+        """Give the number that a reference names: `row/column`."""
+        row, _, column = reference.rpartition("/")
+        return self.of(row, column)
 
     def failures(self) -> list[str]:
         """Name the runs that failed, and why."""
