@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distnorm import convert
+from distnorm.convert import normalization_layers
 from distnorm.launch import main, report
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
@@ -29,7 +30,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     data = build(settings.data)
     seed_weights(settings.seed)
     model = build(settings.model)
-    spec = settings.decide(ranks.world_size, ranks.per_node)
+    spec = settings.decide(ranks.world_size, ranks.per_node, [layer.num_features for _, layer in normalization_layers(model)])
     conversion = convert(model, spec)
     report.announce(settings, ranks, run, data, conversion)
 

@@ -212,10 +212,15 @@ def _check_seen(seen: int, num_samples: int) -> None:
 
 def _inputs_of(batches: Iterable[Any]) -> Iterator[Tensor]:
     for batch in batches:  # a generator expression would begin here and now, where no random stream is kept
-        yield _input_of(batch)
+        yield input_of(batch)
 
 
-def _input_of(batch: Any) -> Tensor:
+def input_of(batch: Any) -> Tensor:
+    """Take the input out of a batch: itself, or the first entry of a tuple, list or dictionary.
+
+    Raises:
+        ConfigError: that is no tensor with samples.
+    """
     found = batch
     if isinstance(batch, Mapping):
         found = next(iter(batch.values()), None)

@@ -1,8 +1,8 @@
 """What a checkpoint holds besides weights, and how a converted model is rebuilt from it with torch alone.
 
-A checkpoint of a run is Lightning's, plus one entry `distnorm`: the decision (`spec`), and each rank's own running
-statistics (`rank_statistics`), that training goes on with. Its `state_dict` holds the pooled statistics: what was
-evaluated.
+A checkpoint of a run is Lightning's, plus one entry `distnorm`: the decision (`spec`), each rank's own running
+statistics (`rank_statistics`), that training goes on with, and whether they had become constants (`frozen`). Its
+`state_dict` holds what was evaluated: running, pooled or precise statistics.
 """
 
 import pickle
@@ -21,9 +21,9 @@ ENTRY = "distnorm"
 _PREFIX = "model."
 
 
-def entry(spec: NormSpec, rank_statistics: list[Statistics]) -> dict[str, Any]:
+def entry(spec: NormSpec, rank_statistics: list[Statistics], *, frozen: bool = False) -> dict[str, Any]:
     """Write the `distnorm` entry: plain dictionaries and tensors, that `torch.load(weights_only=True)` reads."""
-    return {"spec": spec.to_dict(), "rank_statistics": rank_statistics}
+    return {"spec": spec.to_dict(), "rank_statistics": rank_statistics, "frozen": frozen}
 
 
 def find(path: str | Path) -> Path:

@@ -1,28 +1,91 @@
 """The command `distnorm`: small questions answered without a run."""
 
 import argparse
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import distnorm
+from distnorm.errors import ConfigError
 from distnorm.launch import console
+from distnorm.policy import TASKS, render
+from distnorm.spec import EVALUATIONS, KINDS
+
+_FLAG = {"action": "store_true"}
+DECIDE: Mapping[str, Mapping[str, Any]] = {
+    "--device-batch": {"type": int, "required": True, "help": "samples one device sees per forward"},
+    "--ranks": {"dest": "world_size", "type": int, "required": True, "help": "devices over all nodes"},
+    "--ranks-per-node": {"type": int, "help": "devices of one node; all on one, if left out"},
+    "--kind": {"help": f"one of {', '.join(KINDS)}"},
+    "--task": {"help": f"what is trained: one of {', '.join(TASKS)}"},
+    "--normalization-batch": {"type": int, "help": "samples that shall share statistics (32)"},
+    "--min-normalization-batch": {"type": int, "help": "the fewest worth batch statistics (16)"},
+    "--exact": {**_FLAG, "help": "hit the normalization batch exactly or refuse"},
+    "--sync-ranks": {"type": int, "help": "ranks that pool together"},
+    "--pretrained": {**_FLAG, "help": "the weights come from a batch norm model and are fine-tuned"},
+    "--sorted-shards": {"dest": "iid", "action": "store_false", "help": "the ranks' samples differ in kind"},
+    "--foldable": {**_FLAG, "help": "inference needs norms that fold into the layer before"},
+    "--memory-bound": {**_FLAG, "help": "activations fill the memory"},
+    "--max-overhead": {"type": float, "help": "largest share of a step for exchanges between nodes (0.1)"},
+    "--internode-latency-us": {"type": float, "help": "one hop between nodes (5; up to 20 is fast)"},
+    "--step-ms": {"type": float, "help": "a step without synchronization (44)"},
+    "--channels": {"help": "of each batch norm of the model, 64,128,…; ResNet-50's, if left out"},
+    "--momentum": {"help": "of the running statistics: auto, none (the layers' own) or a number"},
+    "--evaluation": {"help": f"auto, {', '.join(EVALUATIONS)}"},
+    "--frozen-last": {"type": float, "help": "share of training, at its end, with constant statistics"},
+    "--layers": {"help": 'overrides by name, as JSON: {"layer4.*": "group"}'},
+    "--include": {"nargs": "+", "help": "globs of the layers that may be converted"},
+    "--exclude": {"nargs": "+", "help": "globs of the layers that stay as they are"},
+}
+"""Flags of `distnorm decide`: the arguments of `distnorm.decide`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Answer `distnorm --version` and `distnorm decide`."""
     parser = argparse.ArgumentParser(prog="distnorm", description=distnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"distnorm {distnorm.__version__}")
-    commands = parser.add_subparsers(required=True)
-    decide = commands.add_parser("decide", help="say which samples share statistics, and why")
-    decide.add_argument("--device-batch", type=int, required=True, help="samples one device sees per forward")
-    decide.add_argument("--ranks", dest="world_size", type=int, required=True, help="devices over all nodes")
-    decide.add_argument("--ranks-per-node", type=int, help="devices of one node; all on one, if left out")
-    decide.add_argument("--normalization-batch", type=int, default=32, help="samples that shall share statistics")
-    decide.add_argument("--min-normalization-batch", type=int, default=16, help="the fewest worth batch statistics")
-    decide.add_argument("--exact", action="store_true", help="hit the normalization batch exactly or refuse")
+    commands = parser.add_subparsers(required=True, metavar="decide")
+    usage = "distnorm decide --device-batch N --ranks N [more; see distnorm decide --help]"
+    decide = commands.add_parser("decide", usage=usage, help="say which samples share statistics, and why")
+    decide.add_argument("--json", action="store_true", help="print the decision as JSON")
+    for flag, options in DECIDE.items():
+        decide.add_argument(flag, default=argparse.SUPPRESS, **options)
     try:
-        print(distnorm.decide(**vars(parser.parse_args(arguments))))
+        _decide(**vars(parser.parse_args(arguments)))
     except distnorm.DistNormError as error:
         console.fail(error)
+
+
+def _decide(*, json: bool, **asked: Any) -> None:
+    for name, read in {"layers": _json, "channels": _numbers, "momentum": _number_or_word}.items():
+        if name in asked:
+            asked[name] = read(asked[name])
+    spec = distnorm.decide(**asked)
+    print(_dumps(spec.to_dict()) if json else render(spec))
+
+
+def _dumps(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False)
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f'--layers {text!r} is no JSON: {error}. Use e.g. --layers \'{{"layer4.*": "group"}}\'.'
+        ) from None
+
+
+def _numbers(text: str) -> list[Any]:
+    return [int(part) if part.strip().isdigit() else part for part in text.split(",")]
+
+
+def _number_or_word(text: str) -> Any:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

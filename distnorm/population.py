@@ -5,7 +5,7 @@ distribution, whose variance has the term between the ranks that no average of v
 equalize the means and lose that term a step later (N(0,1) and N(4,1) pooled every step end at variance 1.4, not 5): so
 the pooled values are handed out, swapped in for evaluation, and swapped out again.
 
-Legend: R ranks, C channels.
+Legend: R ranks, C channels, T rows of running statistics (time steps; else 1).
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distnorm import collectives
 from distnorm.convert import normalization_layers
+from distnorm.errors import ConfigError
 
 Statistics = dict[str, Tensor]
 """Running statistics by `state_dict` key: `layer1.bn.running_mean` → [C]."""
@@ -63,22 +64,26 @@ def pool_running_stats(model: nn.Module) -> Statistics:
 
 
 def pooled(ranks: list[Statistics]) -> Statistics:
-    """Pool running statistics that were gathered before; no collective."""
+    """Pool running statistics that were gathered before: [C] a layer, or [T, C]; no collective."""
     result: Statistics = {}
     for mean_key in (key for key in ranks[0] if key.endswith("running_mean")):
         var_key, count_key = (
             mean_key.removesuffix("running_mean") + name for name in ("running_var", "num_batches_tracked")
         )
-        mean_RC = torch.stack([rank[mean_key].double() for rank in ranks])
-        var_RC = torch.stack([rank[var_key].double() for rank in ranks])
-        counts = [int(rank[count_key]) if count_key in rank else 1 for rank in ranks]
-        saw_R = [float(count > 0) for count in counts] if any(counts) else [1.0] * len(ranks)
-        weight_R1 = mean_RC.new_tensor(saw_R)[:, None] / sum(saw_R)
-        mean_C = mean_RC[0] + ((mean_RC - mean_RC[0]) * weight_R1).sum(0)
-        var_C = ((var_RC + (mean_RC - mean_C).square()) * weight_R1).sum(0)
-        result[mean_key], result[var_key] = mean_C.to(ranks[0][mean_key].dtype), var_C.to(ranks[0][var_key].dtype)
+        like = ranks[0][mean_key]
+        mean_RTC, var_RTC = (
+            torch.stack([rank[key].double().view(-1, like.shape[-1]) for rank in ranks]) for key in (mean_key, var_key)
+        )
+        weight_RT1 = mean_RTC.new_ones(len(ranks), 1, 1)
         if count_key in ranks[0]:
-            result[count_key] = ranks[0][count_key].new_tensor(max(counts))
+            counts_RT = torch.stack([rank[count_key].view(-1) for rank in ranks])
+            result[count_key] = counts_RT.amax(0).view_as(ranks[0][count_key])
+            saw_RT = counts_RT > 0
+            weight_RT1 = (saw_RT | ~saw_RT.any(0)).unsqueeze(-1).double()  # all, where none saw a batch
+        weight_RT1 = weight_RT1 / weight_RT1.sum(0)
+        mean_TC = mean_RTC[0] + ((mean_RTC - mean_RTC[0]) * weight_RT1).sum(0)
+        var_TC = ((var_RTC + (mean_RTC - mean_TC).square()) * weight_RT1).sum(0)
+        result |= {key: found.view_as(like).to(like.dtype) for key, found in ((mean_key, mean_TC), (var_key, var_TC))}
     return result
 
 
@@ -98,6 +103,29 @@ def swap_in(model: nn.Module, statistics: Mapping[str, Tensor]) -> Statistics:
     return before
 
 
+def check_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    """Hold statistics against the model that is to use them.
+
+    Collective: none.
+
+    Raises:
+        ConfigError: a key that the model's batch norms do not have, or another shape.
+    """
+    buffers = dict(_buffers(model))
+    wrong = []
+    for key, value in statistics.items():
+        if key not in buffers:
+            wrong.append(f"{key} is not in the model")
+        elif value.shape != buffers[key].shape:
+            wrong.append(f"{key} is {list(value.shape)}, in the model {list(buffers[key].shape)}")
+    if wrong:
+        more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ConfigError(
+            f"The statistics do not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}.\n"
+            "Use those of calibrate() on the same model, with the same name for every layer.",
+        )
+
+
 def write_into(state_dict: dict[str, Tensor], model: nn.Module, statistics: Mapping[str, Tensor]) -> None:
     """Replace the running statistics in a `state_dict` of `model`, under every name that a shared layer goes by.
 
@@ -111,15 +139,35 @@ def write_into(state_dict: dict[str, Tensor], model: nn.Module, statistics: Mapp
 
 
 @contextlib.contextmanager
-def evaluation_statistics(model: nn.Module) -> Iterator[Statistics]:
-    """Evaluate with pooled statistics, and go on training with one's own: for training loops in plain torch.
+def evaluation_statistics(model: nn.Module, statistics: Statistics | None = None) -> Iterator[Statistics]:
+    """Evaluate with other statistics, and go on training with one's own: for training loops in plain torch.
+
+    Args:
+        model: with layers that keep running statistics.
+        statistics: from `calibrate`, or one of those that `load_statistics` gives; `None` pools the ranks' own.
+            A layer that they leave out keeps its own.
 
     Yields:
-        The pooled statistics; `{**model.state_dict(), **statistics}` is what to save.
+        The statistics; `{**model.state_dict(), **statistics}` is what to save.
 
-    Collective: 1 gather of 2C + 1 float64 numbers a layer on entry; every rank must enter.
+    Collective: none where `statistics` are given; else 1 gather of 2C + 1 float64 numbers a layer on entry, and every
+        rank must enter.
+
+    Raises:
+        ConfigError: `statistics` are not this model's.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1))
+        >>> with evaluation_statistics(model, {"0.running_mean": torch.tensor([3.0])}):
+        ...     model[0].running_mean
+        tensor([3.])
+        >>> model[0].running_mean
+        tensor([0.])
     """
-    statistics = pool_running_stats(model)
+    if statistics is None:
+        statistics = pool_running_stats(model)
+    else:
+        check_statistics(model, statistics)
     before = swap_in(model, statistics)
     try:
         yield statistics

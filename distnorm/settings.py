@@ -5,7 +5,9 @@ against the signature of what they build. An error names the key as one types it
 instead.
 """
 
+import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,8 +15,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distnorm.errors import ConfigError, did_you_mean
-from distnorm.policy import decide
-from distnorm.spec import KINDS, NormSpec
+from distnorm.policy import TASKS, decide
+from distnorm.spec import EVALUATIONS, KINDS, NormSpec
 from distnorm.targets import Node, check_takes, check_target, check_value
 
 DEFAULT_DEVICE_BATCH = 16
@@ -29,17 +31,39 @@ class _Strict(BaseModel):
 
 
 class NormSettings(_Strict):
-    """Who shares statistics: the arguments of `distnorm.decide`."""
+    """Who shares statistics: the arguments of `distnorm.decide`, and how many samples precise statistics take."""
 
-    kind: Literal["auto", "batch", "sync", "ghost", "renorm", "group", "group_ws", "layer", "instance"]
+    kind: Literal[KINDS]  # type: ignore[valid-type]  # pydantic reads it at run time
     normalization_batch: AtLeastOne
     min_normalization_batch: AtLeastOne
     exact: Flag
     sync_ranks: AtLeastOne | None
-    momentum: Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
-        description="a number in (0, 1]", examples=[0.1]
-    )
+    groups: AtLeastOne
+    task: Literal[TASKS]  # type: ignore[valid-type]
     pretrained: Flag
+    iid: Flag
+    foldable: Flag
+    memory_bound: Flag
+    max_overhead: Annotated[float, Field(ge=0, strict=True)] = Field(
+        description="a share of the step's time, 0 or more", examples=[0.1]
+    )
+    internode_latency_us: Annotated[float, Field(gt=0, strict=True)] = Field(
+        description="microseconds, above 0", examples=[5.0]
+    )
+    step_ms: Annotated[float, Field(gt=0, strict=True)] | None = Field(
+        description="milliseconds, above 0", examples=[50.0]
+    )
+    momentum: Auto | Annotated[float, Field(gt=0, le=1, strict=True)] | None = Field(
+        description="a number in (0, 1], auto, or null", examples=[0.1]
+    )
+    evaluation: Literal["auto", *EVALUATIONS]  # type: ignore[valid-type]
+    calibration_samples: AtLeastOne
+    frozen_last: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = Field(
+        description="a share of the training, from 0 to below 1", examples=[0.2]
+    )
+    include: list[str]
+    exclude: list[str]
+    layers: dict[str, str | dict[str, Any]]
 
 
 class TrainerSettings(_Strict):
@@ -115,9 +139,17 @@ class Settings(_Strict):
         """Samples one device sees per forward."""
         return int(self.data["device_batch"])
 
-    def decide(self, world_size: int, ranks_per_node: int) -> NormSpec:
-        """Ask the policy for these settings on so many ranks."""
-        return decide(self.device_batch, world_size, ranks_per_node=ranks_per_node, **self.norm.model_dump())
+    def decide(self, world_size: int, ranks_per_node: int, channels: Sequence[int] = ()) -> NormSpec:
+        """Ask the policy for these settings on so many ranks.
+
+        Args:
+            world_size: ranks.
+            ranks_per_node: ranks on one machine.
+            channels: of each batch norm of the model, for the price; none: ResNet-50's.
+        """
+        asked = self.norm.model_dump(exclude={"calibration_samples", "groups"})
+        spec = decide(self.device_batch, world_size, ranks_per_node=ranks_per_node, channels=channels or None, **asked)
+        return dataclasses.replace(spec, groups=self.norm.groups)
 
     def with_batches(self, world_size: int) -> "Settings":
         """Fill in what follows from the number of ranks: `device_batch` from `global_batch`, or the other way round.

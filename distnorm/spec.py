@@ -31,6 +31,27 @@ Override = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
+class Alternative:
+    """Another decision that would work.
+
+    Attributes:
+        setting: what to set, as on the command line: `norm=sync norm.sync_ranks=4`.
+        why: what speaks for it, or against.
+        penalty: expected points of top-1 accuracy lost against the best; `None` where nobody measured.
+        cost_ms: predicted wire time of its synchronization a step; `None` where it depends.
+    """
+
+    setting: str
+    why: str = ""
+    penalty: float | None = None
+    cost_ms: float | None = None
+
+    def __str__(self) -> str:
+        """Give the setting and why, in one line."""
+        return f"{self.setting}: {self.why}" if self.why else self.setting
+
+
+@dataclasses.dataclass(frozen=True)
 class NormSpec:
     """The answer to "who shares statistics?", as plain data that a checkpoint can hold.
 
@@ -50,10 +71,16 @@ class NormSpec:
         per_kind: overrides for the layers of one dimension: `{"1d": {"kind": "layer"}}`.
         layers: overrides for the layers whose name matches a glob: `{"layer4.*": {"kind": "group"}}`; the first that
             matches, before `per_kind`.
+        include: globs of the layer names that `convert` may change.
+        exclude: globs of the names it leaves as they are, though `include` has them.
         device_batch: samples one device sees per forward; what the decision was made for.
         world_size: ranks; likewise.
         reasons: why, in words.
-        alternatives: what else would work, in words.
+        evidence: what the decision rests on, each `source: number`.
+        penalty: expected points of top-1 accuracy lost against the best, on ImageNet's scale; `None` where nobody
+            measured.
+        cost_ms: predicted wire time of the synchronization a step; `None` where nothing was predicted.
+        alternatives: what else would work, the least penalty first.
     """
 
     kind: str
@@ -66,10 +93,15 @@ class NormSpec:
     frozen_last: float = 0.0
     per_kind: Mapping[str, Override] = dataclasses.field(default_factory=dict)
     layers: Mapping[str, Override] = dataclasses.field(default_factory=dict)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     device_batch: int = 0
     world_size: int = 1
     reasons: tuple[str, ...] = ()
-    alternatives: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+    penalty: float | None = None
+    cost_ms: float | None = None
+    alternatives: tuple[Alternative, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what no layer could be.
@@ -120,9 +152,10 @@ class NormSpec:
         return names[self.kind] + (f", normalization batch {self.normalization_batch}" if by_batch else "")
 
     def __str__(self) -> str:
-        """Give the decision and its reasons, one a line."""
-        alternatives = [f"  or: {text}" for text in self.alternatives]
-        return "\n".join([self.in_words(), *(f"  because {text}" for text in self.reasons), *alternatives])
+        """Give the decision and its reasons, one a line, and the first alternative if much better is expected of it."""
+        first = self.alternatives[:1]
+        better = [f"  or {other}" for other in first if _is_better(other.penalty, self.penalty)]
+        return "\n".join([self.in_words(), *(f"  because {text}" for text in self.reasons), *better])
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain lists, numbers and strings, as JSON and `torch.load(weights_only=True)` want them."""
@@ -130,9 +163,15 @@ class NormSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NormSpec":
-        """Rebuild what `to_dict` wrote."""
+        """Rebuild what `to_dict` wrote, today's or an earlier version's, whose alternatives were words."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        others = arguments.get("alternatives", ())
+        arguments["alternatives"] = tuple(Alternative(**a) if isinstance(a, dict) else Alternative(a) for a in others)
         return cls(**arguments)
+
+
+def _is_better(penalty: float | None, than: float | None) -> bool:
+    return penalty is not None and than is not None and penalty <= than - 0.5
 
 
 def group_count(channels: int, most: int = 32) -> int:

@@ -46,3 +46,76 @@ def frozen_batch_norm(x, dy, weight, bias, mean, var, eps=1e-5):
         "y": like((by_channel(x) - mean[:, None]) * scale + bias[:, None], x),
         "dx": like(by_channel(dy) * scale, x),
     }
+
+
+def batch_norm_step(x, weight, bias, eps=1e-5):
+    """Batch norm of [N, C], and the batch's mean and unbiased variance."""
+    mean, var = x.mean(0), x.var(0)
+    return (x - mean) / np.sqrt(var + eps) * weight + bias, mean, x.var(0, ddof=1)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def lstm(xs, h, c, weights, statistics=None):
+    """Batch normalized LSTM over time, Cooijmans et al. 2017, equations 6 to 8; gates in the order i, f, g, o.
+
+    Args:
+        xs: [T, N, I].
+        h: [N, H].
+        c: [N, H].
+        weights: ih [4H, I], hh [4H, H], bias [4H], gains of the norms of both [4H], gain and shift [H] of the cell's.
+        statistics: of each time step, mean and variance of the three norms; the batch's own, if `None`.
+
+    Returns:
+        h and c after each step; and mean and unbiased variance of the three norms at each.
+    """
+    w_ih, w_hh, bias, gain_ih, gain_hh, gain_c, shift_c = weights
+    found, measured = [], []
+
+    def norm(x, gain, shift, t, place):
+        if statistics is not None:
+            mean, var = statistics[t][place]
+            return (x - mean) / np.sqrt(var + 1e-5) * gain + shift
+        y, mean, var = batch_norm_step(x, gain, shift)
+        measured[-1].append((mean, var))
+        return y
+
+    for t, x in enumerate(xs):
+        measured.append([])
+        gates = norm(x @ w_ih.T, gain_ih, 0, t, 0) + norm(h @ w_hh.T, gain_hh, 0, t, 1) + bias
+        i, f, g, o = np.split(gates, 4, axis=1)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(norm(c, gain_c, shift_c, t, 2))
+        found.append((h, c))
+    return found, measured
+
+
+def filter_response_norm(x, dy, weight, bias, eps=1e-6):
+    """Singh & Krishnan 2020, equations 1 and 2, and the derivatives of their appendix."""
+    over, wide = tuple(range(2, x.ndim)), (1, -1, *[1] * (x.ndim - 2))
+    invrms = 1 / np.sqrt((x**2).mean(over, keepdims=True) + eps)
+    xhat, dxhat = x * invrms, dy * weight.reshape(wide)
+    deps = (-0.5 * dxhat * x * invrms**3).sum()
+    return {
+        "y": xhat * weight.reshape(wide) + bias.reshape(wide),
+        "dx": invrms * (dxhat - xhat * (dxhat * xhat).mean(over, keepdims=True)),
+        "dweight": (dy * xhat).sum((0, *over)),
+        "dbias": dy.sum((0, *over)),
+        "deps": deps,
+    }
+
+
+def standardized_filters(weight, eps=1e-5):
+    """Qiao et al. 2019: each row of [O, fan-in] less its mean, over its deviation."""
+    return (weight - weight.mean(1, keepdims=True)) / np.sqrt(weight.var(1, keepdims=True) + eps)
+
+
+def local_response_norm(x, size, alpha, beta, k):
+    """Krizhevsky et al. 2012, section 3.3, channel by channel; torch's alpha is divided by the channels in a window."""
+    y = np.empty_like(x)
+    for c in range(x.shape[1]):
+        window = slice(max(0, c - size // 2), min(x.shape[1], c + size // 2 + 1))
+        y[:, c] = x[:, c] / (k + alpha / size * (x[:, window] ** 2).sum(1)) ** beta
+    return y

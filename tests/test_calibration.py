@@ -133,6 +133,7 @@ def fingerprint(model):
     identities = {k: id(v) for k, v in [*model.named_parameters(), *model.named_buffers()]}
     attributes = {
         name: {k: v for k, v in m.__dict__.items() if k[0] != "_" or k in OF_ONE_STEP}
+        | {"kept": len(getattr(getattr(m, "_passes", None), "_living", ()))}
         for name, m in model.named_modules()
     }
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}

@@ -9,11 +9,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from distnorm import GhostBatchNorm, SyncBatchNorm, collectives
+from distnorm.norms import BatchRenorm
 from tests import ranks
 
 pytestmark = pytest.mark.unit
 
-LAYERS = {"sync": lambda: SyncBatchNorm(4), "ghost": lambda: GhostBatchNorm(4, ghost_batch=2)}
+LAYERS = {
+    "sync": lambda: SyncBatchNorm(4),
+    "ghost": lambda: GhostBatchNorm(4, ghost_batch=2),
+    "renorm": lambda: BatchRenorm(4, warmup=0, ramp=2),
+}
 
 
 def norms_of(model):
@@ -113,11 +118,11 @@ def compare(scenario, layer, mode, same_on_this_rank):
 
 
 @pytest.mark.parametrize("mode", ["reentrant", "saved", "nested"])
-@pytest.mark.parametrize(("layer", "world"), [("sync", 1), ("sync", 2), ("ghost", 1)])
+@pytest.mark.parametrize(("layer", "world"), [("sync", 1), ("sync", 2), ("ghost", 1), ("renorm", 2)])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_checkpointed_model_learns_and_moves_as_without(scenario, layer, world, mode):
     forwards = 1 if scenario is backward_once else 2
-    gathers = forwards * 2 if layer == "sync" else 0
+    gathers = forwards * 2 if layer != "ghost" else 0
     assert ranks.run(compare, scenario, layer, mode, (), world=world) == [gathers] * world
 
 

@@ -13,8 +13,8 @@ from distnorm.norms.weight import StandardizedConv2d, standardized
 
 pytestmark = pytest.mark.unit
 
-SYNC = decide(8, 4)
-SPECS = [decide(8, 4), decide(64, 1, exact=True), decide(2, 2), decide(2, 2, pretrained=True), decide(32, 1)]
+SYNC = decide(8, 4, momentum=None)
+SPECS = [decide(8, 4), decide(64, 1, exact=True), decide(2, 2), decide(2, 2, kind="group"), decide(32, 1)]
 
 
 class Nasty(nn.Module):
@@ -125,7 +125,7 @@ def test_state_dict_loads_before_and_after(spec):
 def test_group_norm_keeps_weight_and_bias_and_names_the_lost_keys():
     model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12))
     weight = model[1].weight
-    conversion = convert(model, decide(2, 2, pretrained=True))
+    conversion = convert(model, decide(2, 2, kind="group"))
     norm = model[1]
     assert type(norm) is nn.GroupNorm
     assert norm.weight is weight

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import ShapeError
 from distnorm.norms import FrozenBatchNorm
+from distnorm.norms.surgery import become
 from tests import reference_norms, steps
 
 pytestmark = pytest.mark.unit
@@ -125,3 +126,12 @@ def test_an_input_that_does_not_fit_is_refused(x, message, remedy):
         FrozenBatchNorm(3)(x)
     assert message in str(caught.value)
     assert remedy in str(caught.value)
+
+
+def test_a_batch_norm_that_becomes_one_keeps_what_it_is_in_evaluation():
+    source, x = nn.BatchNorm1d(3), torch.randn(6, 3, 4) * 2 + 1
+    source(x)
+    expected = copy.deepcopy(source).eval()(x)
+    become(source, FrozenBatchNorm)
+    torch.testing.assert_close(source.train()(x), expected)
+    assert not source(x).requires_grad

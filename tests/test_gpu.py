@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distnorm import SyncBatchNorm
+from distnorm.norms import BatchRenorm
 from tests import steps
 
 pytestmark = [
@@ -72,3 +73,15 @@ def test_a_layer_alone_on_a_card_is_torchs_and_never_waits():
     with no_host_sync():
         y = ours(x)
     torch.testing.assert_close(y, theirs(x))
+
+
+@pytest.mark.usefixtures("group")
+def test_renormalization_opens_its_limits_without_waiting():
+    ours, truth = BatchRenorm(4, warmup=1, ramp=1).cuda(), BatchRenorm(4, warmup=1, ramp=1)
+    x = torch.randn(8, 4, 5)
+    own = x.cuda()
+    ours(own), truth(x)
+    for _ in range(3):
+        with no_host_sync():
+            y = ours(own)
+        torch.testing.assert_close(y.cpu(), truth(x), rtol=1e-5, atol=1e-5)

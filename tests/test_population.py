@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from distnorm import collectives, convert, decide, evaluation_statistics, pool_running_stats
 from distnorm.callbacks import EvaluationStatistics
 from distnorm.launch.trainer import make_ddp
+from distnorm.population import pooled
 from tests import ranks, reference
 
 pytestmark = pytest.mark.unit
@@ -38,14 +39,14 @@ def test_pooled_is_the_mixture_of_the_ranks(world):
     means = np.stack([before["0.running_mean"].double().numpy() for before, *_ in found])
     variances = np.stack([before["0.running_var"].double().numpy() for before, *_ in found])
     mean, var = reference.pooled(means, variances)
-    for _, pooled, swapped, unchanged in found:
-        np.testing.assert_allclose(pooled["0.running_mean"], mean, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(pooled["0.running_var"], var, rtol=1e-6)
-        assert torch.equal(swapped["0.running_var"], pooled["0.running_var"])
+    for _, inside, swapped, unchanged in found:
+        np.testing.assert_allclose(inside["0.running_mean"], mean, rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(inside["0.running_var"], var, rtol=1e-6)
+        assert torch.equal(swapped["0.running_var"], inside["0.running_var"])
         assert unchanged
         # A rank that has seen no batch has nothing to say: the others' mean stands.
         others = np.mean(range(1, world)) if world > 1 else 0.0
-        np.testing.assert_allclose(pooled["2.running_mean"], others, rtol=1e-6)
+        np.testing.assert_allclose(inside["2.running_mean"], others, rtol=1e-6)
 
 
 def far_apart():
@@ -184,3 +185,39 @@ def count_gathers():
 
 def test_all_layers_are_gathered_at_once_and_none_for_a_model_without():
     assert ranks.run(count_gathers, world=2) == [["the gathering of running statistics"]] * 2
+
+
+def test_rows_of_time_steps_pool_row_by_row_over_the_ranks_that_saw_them():
+    generator = torch.Generator().manual_seed(3)
+    counts = [torch.tensor([5, 5, 0]), torch.tensor([1, 0, 0]), torch.tensor([900, 3, 0])]
+    ranks_statistics = [
+        {
+            "running_mean": torch.randn(3, 4, generator=generator, dtype=torch.float64),
+            "running_var": torch.rand(3, 4, generator=generator, dtype=torch.float64),
+            "num_batches_tracked": count,
+        }
+        for count in counts
+    ]
+    found = pooled(ranks_statistics)
+    for row, saw in enumerate([[0, 1, 2], [0, 2], [0, 1, 2]]):
+        means, variances = (
+            np.stack([ranks_statistics[rank][key][row].numpy() for rank in saw])
+            for key in ("running_mean", "running_var")
+        )
+        mean, var = reference.pooled(means, variances)
+        np.testing.assert_allclose(found["running_mean"][row], mean, rtol=1e-12)
+        np.testing.assert_allclose(found["running_var"][row], var, rtol=1e-12)
+    assert found["num_batches_tracked"].tolist() == [900, 5, 0]
+
+
+def test_one_count_holds_for_all_rows():
+    rows = {"running_mean": torch.tensor([[0.0], [2.0]]), "running_var": torch.ones(2, 1)}
+    found = pooled(
+        [
+            {**rows, "num_batches_tracked": torch.tensor(4)},
+            {**rows, "running_mean": torch.tensor([[4.0], [4.0]]), "num_batches_tracked": torch.tensor(70)},
+        ]
+    )
+    assert found["running_mean"].tolist() == [[2], [3]]
+    assert found["running_var"].tolist() == [[5], [2]]
+    assert int(found["num_batches_tracked"]) == 70

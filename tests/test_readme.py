@@ -62,7 +62,7 @@ def test_links_lead_somewhere():
 def test_the_command_line_tool_decides():
     command = [sys.executable, "-m", "distnorm.cli", "decide", "--device-batch", "2", "--ranks"]
     done = subprocess.run([*command, "8"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("sync over 8 ranks, normalization batch 16")
+    assert done.stdout.startswith("decision      sync over 8 ranks, normalization batch 16")
     refused = subprocess.run([*command, "0"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("world_size=0 must be at least 1")

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distnorm import ConfigError, ShapeError, collectives
 from distnorm.norms import BatchRenorm
-from tests import ranks, reference_norms, steps
+from distnorm.norms.surgery import become
+from tests import ranks, reference, reference_norms, steps
 
 pytestmark = pytest.mark.unit
 
@@ -132,6 +133,69 @@ def test_gradcheck_of_both_orders_where_r_and_d_are_constants(clipped):
 
     assert torch.autograd.gradcheck(function, (x, weight, bias))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+@pytest.mark.parametrize(("offset", "allowed"), [(0.0, 1e-5), (1e3, 1e-3)])
+def test_float32_errs_little(offset, allowed):
+    x, dy, weight, bias = steps.shards([6, 10], (3, 4), offset, torch.float32)
+    found = ranks.run(train, x, dy, weight, bias, 1, {"warmup": 0, "ramp": 0}, world=2)
+    numbers = [torch.cat(parts).double().numpy() for parts in (x, dy)] + [
+        weight.double().numpy(),
+        bias.double().numpy(),
+    ]
+    truth = reference_norms.batch_renorm(
+        *numbers, *(values.astype(np.float32).astype(float) for values in RUNNING), 3, 5
+    )
+    for key, value in steps.joined([own[0] for own in found]).items():
+        error = reference.relative_error(value, torch.from_numpy(truth[key]))
+        assert error <= allowed, (key, error)
+
+
+def padded(x, masks, fill):
+    """Body: a padded step, with this in the padding and with that."""
+    rank, found = collectives.rank(), []
+    mask = masks[rank]
+    for values in (torch.where(mask[:, None], x[rank], fill), x[rank]):
+        own = values.clone().requires_grad_()
+        layer = layer_with(torch.ones(3).double(), torch.zeros(3).double(), warmup=0, ramp=0)
+        y = layer(own, mask=mask)
+        y.sin().sum().backward()
+        found.append((y.detach(), own.grad, layer.running_var))
+    return found
+
+
+def test_padding_has_no_part():
+    x, _, _, _ = steps.shards([4, 3], (5,), 1.0)
+    masks = [torch.rand(len(part), 5, generator=torch.Generator().manual_seed(3)) < 0.7 for part in x]
+    found = ranks.run(padded, x, masks, 1e9, world=2)
+    kept = torch.cat([part.transpose(1, 2)[mask] for part, mask in zip(x, masks, strict=True)])
+    ones, zeros = np.ones(3), np.zeros(3)
+    truth = reference_norms.batch_renorm(kept.numpy(), np.zeros_like(kept), ones, zeros, *RUNNING, 3, 5)
+    for filled, plain in found:
+        assert all(torch.equal(one, other) for one, other in zip(filled, plain, strict=True))
+    y = torch.cat([own[0][0].transpose(1, 2)[mask] for own, mask in zip(found, masks, strict=True)])
+    torch.testing.assert_close(y, torch.from_numpy(truth["y"]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[0][0][2], torch.from_numpy(truth["running_var"]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ({"sync_ranks": 2}, [(0, 1), (2, 3)]),
+        ({"group_ranks": (0, 3)}, [(0, 3), (1,), (2,)]),
+        ({"sync_ranks": 1}, [(2,)]),
+    ],
+    ids=str,
+)
+def test_blocks_and_subsets_of_ranks_share(options, groups):
+    x, dy, weight, bias = steps.shards([2, 3, 4, 5], (4,), 1.0)
+    found = ranks.run(train, x, dy, weight, bias, 1, options | {"warmup": 0, "ramp": 0}, world=4)
+    for group in groups:
+        shard, grad = (torch.cat([parts[rank] for rank in group]).numpy() for parts in (x, dy))
+        truth = reference_norms.batch_renorm(shard, grad, weight.numpy(), bias.numpy(), *RUNNING, 3, 5)
+        for key in ("y", "dx"):
+            whole = torch.cat([found[rank][0][key] for rank in group])
+            torch.testing.assert_close(whole, torch.from_numpy(truth[key]), rtol=1e-10, atol=1e-10)
 
 
 def half_step(x, dy, mode):
@@ -286,3 +350,14 @@ def test_ranks_named_twice_and_shapes_that_do_not_fit_are_refused():
         BatchRenorm(3, sync_ranks=2, group_ranks=(0, 1))
     with pytest.raises(ShapeError, match=r"BatchRenorm\(3\) got an input of shape \(4, 5\).*\n.*3 channels"):
         BatchRenorm(3)(torch.randn(4, 5))
+
+
+def test_a_batch_norm_that_becomes_one_starts_with_what_it_counted():
+    torch.manual_seed(0)
+    source, x = nn.BatchNorm1d(3, dtype=torch.float64), torch.randn(6, 3, 4, dtype=torch.float64) * 2 + 1
+    source(x * 3)
+    source.num_batches_tracked.fill_(10**6)
+    mean, var = (value.numpy().copy() for value in (source.running_mean, source.running_var))
+    become(source, BatchRenorm, sync_ranks=1, group_ranks=None)
+    truth = reference_norms.batch_renorm(x.numpy(), np.zeros(x.shape), np.ones(3), np.zeros(3), mean, var, 3.0, 5.0)
+    torch.testing.assert_close(source(x), torch.from_numpy(truth["y"]), rtol=1e-10, atol=1e-10)

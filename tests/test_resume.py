@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from distnorm import ConfigError, checkpoint, decide
+from distnorm import ConfigError, NormSpec, checkpoint, decide
 from distnorm.launch.checkpoints import LastCheckpoint
 from tests import runs
 
@@ -74,11 +74,15 @@ def test_the_middle_of_an_epoch_is_said(tmp_path, first, caplog):
     assert "from the middle of an epoch, after its step 5: the rest is skipped" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["group", "group_ws"])
+@pytest.mark.parametrize("kind", ["group", "group_ws", "layer", "instance", "response", "none"])
 def test_another_family_of_norms_is_refused(first, kind):
     with pytest.raises(ConfigError, match=r"was trained with local batch norm.*[\s\S]*Use norm=batch to go on"):
-        checkpoint.check_resume(last(first), decide(120, 1, kind=kind))
-    checkpoint.check_resume(last(first), decide(120, 1, kind="sync"))
+        checkpoint.check_resume(last(first), NormSpec(kind, 1))
+
+
+@pytest.mark.parametrize("kind", ["sync", "renorm", "frozen", "ghost"])
+def test_the_same_weights_and_statistics_serve_the_batch_norms(first, kind):
+    checkpoint.check_resume(last(first), NormSpec(kind, 120, ghost_batch=8))
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):

@@ -80,9 +80,12 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         raise NotImplementedError
 
     def _normalize_with_running(self, x: Tensor) -> Tensor:
-        return functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
-        )
+        mean, var, _ = self._running()
+        return functional.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+
+    def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Give the running statistics of this forward, to be read or moved: mean and variance [C], and their count."""
+        return self.running_mean, self.running_var, self.num_batches_tracked
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_input(self, input)
@@ -120,7 +123,7 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
             var_C: of the batch, biased; the running variance takes the unbiased one.
             count: values a channel.
         """
-        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
+        mean, var, tracked = self._running()
         if not self.track_running_stats or mean is None or var is None:
             return
         factor: Tensor | float

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.recomputation import Pass
@@ -38,8 +39,8 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     Collective: none.
 
     Raises:
-        ShapeError: dimension 1 is not `num_features`.
-        ValueError: (torch's) a ghost has one value a channel.
+        ConfigError: `ghost_batch` is below 1.
+        ShapeError: dimension 1 is not `num_features`; the input is not floating; or a ghost has one value a channel.
 
     Example:
         >>> GhostBatchNorm(3, ghost_batch=4)(torch.randn(8, 3)).shape
@@ -64,6 +65,8 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if ghost_batch < 1:
+            raise ConfigError(f"ghost_batch={ghost_batch} must be at least 1. Give the samples that share statistics.")
         self.ghost_batch = ghost_batch
 
     def extra_repr(self) -> str:
@@ -71,10 +74,20 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         return f"{super().extra_repr()}, ghost_batch={self.ghost_batch}"  # type: ignore[no-untyped-call]
 
     def _normalize_with_batch(self, x: Tensor) -> Tensor:
+        self._check_ghosts(x)
         y = torch.cat([self._normalize_ghost(ghost) for ghost in x.split(self.ghost_batch)])
         if self.training:
             self._keep_with(y, self._take_whole_batch(x.detach()))
         return y
+
+    def _check_ghosts(self, x: Tensor) -> None:
+        smallest = (x.shape[0] % self.ghost_batch or self.ghost_batch) * x.shape[2:].numel()
+        if x.shape[0] and smallest == 1:
+            raise ShapeError(
+                f"{self.name_in_words()} has a ghost of 1 value a channel: {x.shape[0]} samples in runs of "
+                f"ghost_batch={self.ghost_batch}; a variance needs 2.\n"
+                f"Use a ghost_batch of at least 2 that divides {x.shape[0]}, or GroupNorm (norm=group).",
+            )
 
     @torch.no_grad()
     def _take_whole_batch(self, x: Tensor) -> Pass:

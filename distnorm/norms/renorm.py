@@ -29,6 +29,9 @@ class BatchRenorm(AbstractNormOverRanks):
         open = clip((t - warmup + 1) / (ramp + 1), 0, 1)
         r_limit = 1 + open * (r_max - 1)        d_limit = open * d_max
 
+    A count that is loaded counts: a pretrained layer starts with open limits, one whose running statistics were reset
+    with a warmup.
+
     Batch and running statistics are those of `sync_ranks` ranks together. In eval mode the running statistics are used.
     On an accelerator nothing of this waits for the device.
 

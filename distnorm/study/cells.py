@@ -148,7 +148,8 @@ class Outcomes:
                 written = json.loads(line)
             except json.JSONDecodeError:  # a kill cut it short
                 continue
-            self._known[written.pop("cell")] = Outcome(**written)
+            name = written.pop("cell")
+            self._known[name] = Outcome(**written)
 
     def find(self, cell: Cell) -> Outcome | None:
         """Give the outcome of a run that was done before, with the same settings and without failure."""

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import local, ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
@@ -49,6 +51,7 @@ def conduct(train: Train, base: Settings, compose: Compose, command: Sequence[st
 
     Collective: none in this process; runs of several ranks start them, one run after the other.
     """
+    torch.set_num_threads(1)  # as the runs do: threads that share cores with other processes wait for one another
     asked = design.read(base.study or {})
     plan = Plan(asked, compose)
     study = _open(asked, base)
