@@ -9,6 +9,7 @@ import numpy as np
 from distnorm.data.augmentation import Domain, Transform, brighten, centre, flatten_contrast, invert, shift_and_fade
 from distnorm.data.datasets import ArraySamples, stratify
 from distnorm.data.module import AbstractClassificationData, check_name
+from distnorm.errors import ConfigError
 
 _ROUNDS = {
     "60-20-20": ("train", "val", "train", "test", "train"),
@@ -17,7 +18,7 @@ _ROUNDS = {
 
 
 class DigitsData(AbstractClassificationData):
-    """Ten classes of digits on a 12 x 12 canvas, parted in train, val and test: stratified, always in the same way.
+    """Digits on a 12 x 12 canvas, parted in train, val and test: stratified, always in the same way.
 
     Args:
         device_batch: samples one device sees per forward.
@@ -29,6 +30,7 @@ class DigitsData(AbstractClassificationData):
         evaluation_augmentation: the same of validation and test images; every run sees the same ones.
         split: per cent of train, val and test: `"60-20-20"` or `"50-10-40"`, for smaller errors of the test error.
         shards: `"shuffled"`: every rank may get any training sample; `"sorted"`: each rank has its own classes.
+        num_classes: the digits from 0 on that there are, 2 … 10.
         domain: `"source"`, or what another camera would show: `"inverted"`, `"low_contrast"` or `"bright"`.
 
     Raises:
@@ -43,7 +45,6 @@ class DigitsData(AbstractClassificationData):
         "low_contrast": flatten_contrast,
         "bright": brighten,
     }
-    num_classes = 10
     input_shape = (1, 12, 12)
 
     def __init__(
@@ -57,6 +58,7 @@ class DigitsData(AbstractClassificationData):
         evaluation_augmentation: str = "none",
         split: str = "60-20-20",
         shards: str = "shuffled",
+        num_classes: int = 10,
         domain: str = "source",
     ) -> None:
         super().__init__(
@@ -70,7 +72,9 @@ class DigitsData(AbstractClassificationData):
             domain=domain,
         )
         check_name("split", split, _ROUNDS)
-        self.split = split
+        if not 2 <= num_classes <= 10:
+            raise ConfigError(f"data.num_classes={num_classes} must be in 2..10: digits from 0 on. Use e.g. 10 for all.")
+        self.split, self.num_classes = split, num_classes
 
     def samples(self, split: str) -> ArraySamples:
         """Give the digits of one split, values in 0 … 1. Shape: images [N, 1, 8, 8].
@@ -78,15 +82,15 @@ class DigitsData(AbstractClassificationData):
         Args:
             split: `"train"`, `"val"` or `"test"`.
         """
-        return _splits(self.split)[split]
+        return _splits(self.split, self.num_classes)[split]
 
 
 @cache
-def _splits(split: str) -> dict[str, ArraySamples]:
+def _splits(split: str, num_classes: int) -> dict[str, ArraySamples]:
     from sklearn.datasets import load_digits  # noqa: PLC0415  a second to import; only who trains on digits pays it
 
     digits = load_digits()
     images_NCHW = (digits.images / 16).astype(np.float32)[:, None]
     targets_N = digits.target.astype(np.int64)
-    parts = stratify(targets_N, _ROUNDS[split])
+    parts = {name: part[targets_N[part] < num_classes] for name, part in stratify(targets_N, _ROUNDS[split]).items()}
     return {name: ArraySamples(images_NCHW[part], targets_N[part]) for name, part in parts.items()}
