@@ -30,13 +30,15 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     data = build(settings.data)
     seed_weights(settings.seed)
     model = build(settings.model)
-    spec = settings.decide(ranks.world_size, ranks.per_node, [layer.num_features for _, layer in normalization_layers(model)])
-    conversion = convert(model, spec)
+    channels = [layer.num_features for _, layer in normalization_layers(model)]
+    conversion = convert(model, settings.decide(ranks.world_size, ranks.per_node, channels))
+    spec = conversion.spec
     report.announce(settings, ranks, run, data, conversion)
 
     throughput = Throughput(settings.device_batch * ranks.world_size)
     drift = DriftMonitor(settings.drift.interval)
-    callbacks = [EvaluationStatistics(spec), throughput, make_progress(settings.trainer.progress_every_s, throughput)]
+    callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
+    callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
     callbacks += [drift] if settings.drift.kind != "none" else []
     loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)

@@ -73,7 +73,7 @@ class DigitsData(AbstractClassificationData):
         )
         check_name("split", split, _ROUNDS)
         if not 2 <= num_classes <= 10:
-            raise ConfigError(f"data.num_classes={num_classes} must be in 2..10: digits from 0 on. Use e.g. 10 for all.")
+            raise ConfigError(f"data.num_classes={num_classes} must be in 2..10: digits from 0 on. Use e.g. 10.")
         self.split, self.num_classes = split, num_classes
 
     def samples(self, split: str) -> ArraySamples:
