@@ -73,7 +73,8 @@ def calibrate(
     Raises:
         ConfigError: the model is wrapped in DDP or has no batch norm; `num_samples` is below 1; no rank has a sample;
             or a batch is of a type that the model's input cannot be found in.
-        GroupError: (on all ranks alike) the batches or the model of a rank raised, or a rank did not come.
+        GroupError: (on all ranks alike) the batches or the model of a rank raised, or a rank did not come. Where the
+            model raises between the exchanges of its layers, the others wait there for the group's timeout.
 
     Example:
         >>> from distnorm.population import evaluation_statistics

@@ -243,8 +243,8 @@ def _again(loader: Any) -> Iterable[Any]:
 
 def _first_frozen_step(trainer: pl.Trainer, share: float) -> int:
     """Count the steps before the last share of training; alike on all ranks."""
-    totals = collectives.agree(trainer.estimated_stepping_batches, "the agreement on the number of steps")
-    total = min(totals)
+    steps = trainer.estimated_stepping_batches
+    total: float = min(collectives.agree(steps, "the agreement on the number of steps"))
     if not 0 < total < math.inf:
         raise ConfigError(
             f"norm.frozen_last={share} is a share of all steps, and this training has no end that is known.\n"

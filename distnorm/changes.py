@@ -2,34 +2,55 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
+from distnorm.errors import ConfigError
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.renorm import BatchRenorm
 from distnorm.norms.response import FilterResponseNorm
 from distnorm.norms.sample import GroupNorm, Identity
-from distnorm.norms.surgery import SOURCES, become
+from distnorm.norms.surgery import after_of, become, register_norm, source_of
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
 from distnorm.spec import NormSpec, group_count
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_SETTINGS = ("momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch")
-_DIMENSIONS = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
+_SETTINGS = ("momentum", "track_running_stats")
+_DIMENSIONS = {"BatchNorm1d": "1d", "BatchNorm2d": "2d", "BatchNorm3d": "3d"}
+
+register_norm(FrozenBatchNorm, frozen=True)
 
 
 def channels_of(module: nn.Module) -> int:
     """Read the channels that a norm or a convolution gives out."""
-    for attribute in ("num_features", "num_channels", "out_channels"):
+    for attribute in ("num_features", "num_channels", "out_channels", "out_features"):
         if hasattr(module, attribute):
             return int(getattr(module, attribute))
-    raise AssertionError(f"{type(module).__name__} has no channels")
+    return len(module.running_mean)  # type: ignore[arg-type]  # torchvision's constants
 
 
 def dimension_of(norm: nn.Module) -> str:
     """Tell the dimension that a norm's class names; empty where it takes any."""
-    return next((name for cls, name in _DIMENSIONS.items() if isinstance(norm, cls)), "")
+    names = (name for cls in type(norm).__mro__ for name in _DIMENSIONS if cls.__name__.endswith(name))
+    return _DIMENSIONS[found] if (found := next(names, None)) else ""
+
+
+def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
+    """Refuse what a layer cannot become, before anything changes.
+
+    Raises:
+        ConfigError: there are no statistics to freeze, or no group to make.
+    """
+    if spec.kind == "frozen" and getattr(norm, "running_mean", None) is None:
+        raise ConfigError(
+            f"layer {name!r} has no running statistics (track_running_stats=False), and kind='frozen' needs some.\n"
+            f"Leave it as it is: exclude=[{name!r}], or give it a kind of its own: "
+            f"layers={{{name!r}: {{'kind': 'group'}}}}."
+        )
+    if spec.groups < 1:
+        raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
 
 
 def to_standardized(conv: nn.Module, _: NormSpec) -> str:
@@ -39,34 +60,35 @@ def to_standardized(conv: nn.Module, _: NormSpec) -> str:
 
 
 def _to_batch(norm: nn.Module, spec: NormSpec) -> str:
-    if type(norm) in (nn.SyncBatchNorm, SyncBatchNorm, GhostBatchNorm, BatchRenorm):
+    thaw(norm)
+    if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm | GhostBatchNorm | BatchRenorm) or _is_constant(norm):
         # Which dimension the layer had is not known any more: a group of one rank is local batch norm of any dimension.
         become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
-    _set_momentum(norm, spec)
-    return spec.in_words()
+    return _with_momentum(norm, spec)
 
 
 def _to_sync(norm: nn.Module, spec: NormSpec) -> str:
-    become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None, **_after(norm))
-    _set_momentum(norm, spec)
-    return spec.in_words()
+    thaw(norm)
+    become(norm, SyncBatchNorm, sync_ranks=spec.sync_ranks, group_ranks=None)
+    return _with_momentum(norm, spec)
 
 
 def _to_ghost(norm: nn.Module, spec: NormSpec) -> str:
-    become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch, **_after(norm))
-    _set_momentum(norm, spec)
-    return spec.in_words()
+    thaw(norm)
+    become(norm, GhostBatchNorm, ghost_batch=spec.ghost_batch)
+    return _with_momentum(norm, spec)
 
 
 def _to_renorm(norm: nn.Module, spec: NormSpec) -> str:
-    become(norm, BatchRenorm, sync_ranks=spec.sync_ranks, group_ranks=None, **_after(norm))
-    _set_momentum(norm, spec)
-    return spec.in_words()
+    thaw(norm)
+    become(norm, BatchRenorm, sync_ranks=spec.sync_ranks, group_ranks=None, **spec.renorm)
+    return _with_momentum(norm, spec)
 
 
 def _to_frozen(norm: nn.Module, spec: NormSpec) -> str:
-    _forget(norm, "momentum", "track_running_stats", "sync_ranks", "group_ranks", "ghost_batch")
-    become(norm, FrozenBatchNorm, **_after(norm))
+    thaw(norm)
+    _forget(norm, *_SETTINGS)
+    become(norm, FrozenBatchNorm)
     for parameter in norm.parameters(recurse=False):
         parameter.requires_grad_(False)
     return spec.in_words()
@@ -75,28 +97,24 @@ def _to_frozen(norm: nn.Module, spec: NormSpec) -> str:
 def _to_group(norm: nn.Module, spec: NormSpec) -> str:
     channels = channels_of(norm)
     groups = {"layer": 1, "instance": channels}.get(spec.kind) or group_count(channels, spec.groups)
-    after = _after(norm)
+    thaw(norm)
     _drop_statistics(norm)
-    norm.__dict__.pop("num_features", None)
-    become(norm, GroupNorm if after else nn.GroupNorm, num_groups=groups, num_channels=channels, **after)
+    _forget(norm, "num_features")
+    become(norm, GroupNorm if after_of(norm) else nn.GroupNorm, num_groups=groups, num_channels=channels)
     return (
         f"{groups} group{'s' if groups > 1 else ''} of {channels // groups} channel{'s' if groups < channels else ''}"
     )
 
 
 def _to_response(norm: nn.Module, spec: NormSpec) -> str:
-    after = _after(norm)
+    thaw(norm)
     _drop_statistics(norm)
-    become(norm, FilterResponseNorm, **after)
+    become(norm, FilterResponseNorm)
     return spec.in_words()
 
 
 def _to_none(norm: nn.Module, spec: NormSpec) -> str:
-    after = _after(norm)
-    _drop_statistics(norm)
-    for name in ("weight", "bias"):
-        norm._parameters.pop(name, None)  # noqa: SLF001
-    become(norm, Identity, **after)
+    to_identity(norm)
     return spec.in_words()
 
 
@@ -115,10 +133,35 @@ CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
 }
 
 
-def _after(norm: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Carry over what a layer applies after its normalization."""
-    names = getattr(norm, "after", ()) or SOURCES.get(type(norm), ())
-    return {"after": names} if names else {}
+def to_identity(norm: nn.Module) -> None:
+    """Take a norm away, in place; what it applied afterwards stays."""
+    _drop_statistics(norm)
+    for name in ("weight", "bias"):
+        norm._parameters.pop(name, None)  # noqa: SLF001
+        norm._buffers.pop(name, None)  # noqa: SLF001
+    become(norm, Identity)
+
+
+def thaw(norm: nn.Module) -> None:
+    """Let a layer of constants learn again: weight and bias as parameters, batch norm's settings; others stay alone."""
+    if not _is_constant(norm):
+        return
+    for name in ("weight", "bias"):
+        constant = norm._buffers.pop(name, None)  # noqa: SLF001
+        if constant is not None:
+            norm.register_parameter(name, nn.Parameter(constant.detach()))
+        elif norm._parameters.get(name) is not None:  # noqa: SLF001
+            norm._parameters[name].requires_grad_()  # type: ignore[union-attr]  # noqa: SLF001
+    if "num_batches_tracked" not in norm._buffers:  # noqa: SLF001
+        mean: torch.Tensor = norm.running_mean  # type: ignore[assignment]
+        norm.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=mean.device))
+    settings = {"momentum": 0.1, "track_running_stats": True, "affine": norm.weight is not None}
+    norm.__dict__.update({"num_features": channels_of(norm)} | settings)
+
+
+def _is_constant(norm: nn.Module) -> bool:
+    source = source_of(norm)
+    return source is not None and source.frozen
 
 
 def _drop_statistics(norm: nn.Module) -> None:
@@ -132,6 +175,7 @@ def _forget(norm: nn.Module, *attributes: str) -> None:
         norm.__dict__.pop(attribute, None)
 
 
-def _set_momentum(norm: nn.Module, spec: NormSpec) -> None:
+def _with_momentum(norm: nn.Module, spec: NormSpec) -> str:
     if spec.momentum is not None:
         norm.momentum = spec.momentum  # type: ignore[assignment]
+    return spec.in_words()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distnorm.convert import convert
+from distnorm.convert import rebuild
 from distnorm.errors import ConfigError
 from distnorm.population import Statistics
 from distnorm.spec import BATCH_KINDS, NormSpec
@@ -62,10 +62,10 @@ def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:
     """
     path = find(checkpoint)
     stored = _read(path)
-    conversion = convert(model, NormSpec.from_dict(stored[ENTRY]["spec"]))
     weights: dict[str, Tensor] = {
         key.removeprefix(_PREFIX): tensor for key, tensor in stored["state_dict"].items() if key.startswith(_PREFIX)
     }
+    conversion = rebuild(model, NormSpec.from_dict(stored[ENTRY]["spec"]), weights)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

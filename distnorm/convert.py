@@ -1,104 +1,48 @@
 """Turn a model's batch norms into what a `NormSpec` says, in place, and back.
 
 In place means: the same module objects, another class. So lists, hooks, aliases, parameter objects, `training`,
-`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid.
+`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid. Everything is
+checked before anything changes.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Container, Iterator
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.changes import CHANGES, channels_of, dimension_of, to_standardized
-from distnorm.errors import ConfigError
-from distnorm.norms.base import AbstractBatchStatisticsNorm
-from distnorm.norms.surgery import find_norms
+from distnorm import collectives
+from distnorm.biases import RemovedBias, redundant_biases
+from distnorm.changes import CHANGES, channels_of, check_change, dimension_of, to_standardized
+from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
+from distnorm.errors import ConfigError, divisors_in_words
+from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
 from distnorm.norms.weight import STANDARDIZED
-from distnorm.spec import NormSpec
+from distnorm.selection import Names, Selectors, check_override, override_of
+from distnorm.spec import BATCH_KINDS, NormSpec
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertedLayer:
-    """One row of a `Conversion`: what the layer was, what it is now, and which samples share its statistics."""
-
-    name: str
-    channels: int
-    was: str
-    now: str
-    normalization_batch: int
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Snapshot:
-    """What a module was: its class, and its attributes less the parameters' and buffers' values, that live on."""
-
-    module: nn.Module
-    cls: type[nn.Module]
-    attributes: dict[str, Any]
-    buffers: dict[str, torch.Tensor | None]
-    not_saved: frozenset[str]
-
-
-class Conversion:
-    """The record of a conversion: prints as a table, and can be undone.
-
-    Attributes:
-        model: the very model that was converted.
-        spec: the decision it follows.
-        layers: one row a converted module, in the model's order.
-        lost_keys: `state_dict` keys that the model had before and has no more.
-    """
-
-    def __init__(
-        self, model: nn.Module, spec: NormSpec, layers: tuple[ConvertedLayer, ...], snapshots: list[_Snapshot]
-    ) -> None:
-        self.model, self.spec, self.layers = model, spec, layers
-        self.lost_keys = tuple(sorted(_lost_keys(model, snapshots)))
-        self._snapshots = snapshots
-
-    def revert(self) -> nn.Module:
-        """Give every layer its class, settings and buffers back; weights and running statistics keep what they learned.
-
-        Returns:
-            The model. A second call changes nothing.
-        """
-        while self._snapshots:
-            _restore(self._snapshots.pop())
-        return self.model
-
-    def check(self) -> None:
-        """Make sure that every converted layer still is what `convert` made it; after `revert` there is none.
-
-        Raises:
-            ConfigError: one was replaced: torch's and Lightning's own conversions take any batch norm, ours too.
-        """
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        for name, made in zip([row.name for row in self.layers], self._snapshots, strict=False):
-            now = modules.get("" if name == "(the model)" else name)
-            if type(now) is not type(made.module):
-                cls = f"{type(now).__module__.partition('.')[0]}.{type(now).__name__}"
-                raise ConfigError(
-                    f"convert() made {name} a distnorm.{type(made.module).__name__}, and now it is a {cls}.\n"
-                    "Leave out Trainer(sync_batchnorm=True), and do not call convert_sync_batchnorm after convert().",
-                )
-
-    def __str__(self) -> str:
-        """Draw the table: layer, channels, was, is, normalization batch, why."""
-        rows = [(r.name, str(r.channels), r.was, r.now, str(r.normalization_batch), r.why) for r in self.layers]
-        return aligned([("layer", "channels", "was", "is", "normalization batch", "why"), *rows])
-
-
-def convert(model: nn.Module, spec: NormSpec) -> Conversion:
+def convert(
+    model: nn.Module,
+    spec: NormSpec,
+    include: Selectors | None = None,
+    exclude: Selectors | None = None,
+    remove_redundant_biases: bool = False,
+) -> Conversion:
     """Make every batch norm of `model` what `spec` says, in place.
 
+    A layer of constants (`FrozenBatchNorm`, torchvision's `FrozenBatchNorm2d`) stays, unless `spec.layers` names it.
+
     Args:
-        model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm` or distnorm's own layers, or is one.
+        model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm`, timm's `BatchNormAct2d`, a class that
+            was registered, or distnorm's own layers; or is one.
         spec: from `decide`, or built by hand.
+        include: the layers that may change: globs of names, and types of modules; each stands for all that is below
+            what it finds. `None`: what `spec.include` says, that is all.
+        exclude: the layers that stay, though `include` has them; likewise. `None`: what `spec.exclude` says.
+        remove_redundant_biases: take the biases away that a norm with batch statistics takes out again, right after
+            the layer that adds them. They are named in `Conversion.redundant_biases` either way.
 
     Returns:
         The record of what was changed; its `model` is the argument.
@@ -106,39 +50,39 @@ def convert(model: nn.Module, spec: NormSpec) -> Conversion:
     Collective: none.
 
     Raises:
-        ConfigError: the model is wrapped in DDP, scripted, has a lazy norm or a subclass with its own forward, or no
-            batch norm at all. Nothing is changed then.
+        ConfigError: the model is wrapped in DDP or FSDP, compiled or scripted; a layer that is to change is lazy, or
+            has a forward of its own; there is no batch norm at all; a glob or a type finds none; or the decision was
+            made for other ranks than there are. Nothing is changed then.
 
     Example:
         >>> from distnorm import decide
-        >>> model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), nn.ReLU())
+        >>> model = nn.Sequential(nn.Conv1d(3, 8, 3, bias=False), nn.BatchNorm1d(8), nn.ReLU())
         >>> conversion = convert(model, decide(device_batch=2, world_size=8))
         >>> model[1]
         SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, sync_ranks=8)
         >>> conversion.revert()[1]
         BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
-    norms = find_norms(model)
-    if not norms:
-        raise ConfigError(
-            f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
-            "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
-        )
-    specs = {name: spec.of(name, dimension_of(norm)) for name, norm in norms.items()}
-    changes: list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]] = []
-    standardized = {name: norm for name, norm in norms.items() if specs[name].kind == "group_ws"}
-    changes += [(name, conv, spec, to_standardized) for name, conv in _convolutions_before(model, standardized)]
-    changes += [(name, norm, specs[name], CHANGES[specs[name].kind]) for name, norm in norms.items()]
-    order = {id(module): place for place, module in enumerate(model.modules())}
-    rows, snapshots = [], []
-    for name, module, own, change in sorted(changes, key=lambda item: order[id(item[1])]):
-        snapshots.append(_take_snapshot(module))
-        was, channels = type(module).__name__, channels_of(module)
-        why = change(module, own)
-        if isinstance(module, AbstractBatchStatisticsNorm):
-            module.layer_name = name
-        rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
-    return Conversion(model, spec, tuple(rows), snapshots)
+    check_model(model, "convert")
+    _check_spec(spec)
+    plan = _Plan.of(model, spec, include, exclude)
+    _check_world(spec, plan.specs)
+    return plan.carry_out(lambda _: remove_redundant_biases)
+
+
+def rebuild(model: nn.Module, spec: NormSpec, keys: Container[str]) -> Conversion:
+    """Convert as a run did whose decision was stored, for however many ranks there are now.
+
+    Args:
+        model: as it was before the run converted it.
+        spec: what the run followed.
+        keys: of the run's `state_dict`: redundant biases that it has not are taken away.
+
+    Raises:
+        ConfigError: see `convert`; the number of ranks is not looked at.
+    """
+    check_model(model, "convert")
+    return _Plan.of(model, spec, None, None).carry_out(lambda key: key not in keys)
 
 
 def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
@@ -148,11 +92,155 @@ def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
-def aligned(rows: list[tuple[str, ...]]) -> str:
-    """Lay rows out as a plain-text table; the first is the header."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is going to change: everything that can be wrong is found while it is made, and nothing changes."""
+
+    model: nn.Module
+    spec: NormSpec
+    norms: dict[str, nn.Module]
+    specs: dict[str, NormSpec]
+    left: tuple[LeftLayer, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> "_Plan":
+        norms = find_batch_norms(model)
+        if not norms:
+            raise ConfigError(
+                f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
+                "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
+            )
+        names = Names.of(model, norms)
+        spec = _with_selection(names, spec, include, exclude)
+        _check_overrides(names, spec)
+        specs, left = {}, []
+        for name, norm in norms.items():
+            override = override_of(names, name, spec.layers)
+            why = _why_left(names, name, norm, spec, is_named=bool(override))
+            if why:
+                left.append(LeftLayer(name, channels_of(norm), type(norm).__name__, why))
+                continue
+            check_known(name, norm)
+            specs[name] = dataclasses.replace(spec, layers=override).of(name, dimension_of(norm))
+            check_change(name, norm, specs[name])
+        return cls(model, spec, norms, specs, tuple(left))
+
+    def carry_out(self, removes: Callable[[str], bool]) -> Conversion:
+        """Change the model; if anything goes wrong, put back what was changed."""
+        names = {module: name for name, module in self.model.named_modules()}
+        biases = redundant_biases(self.model, set(self._norms_with_batch_statistics()))
+        keys = {f"{names[layer]}.bias": (layer, norm) for layer, norm in biases}
+        anchors, rows, snapshots = Anchors(self.model), [], []
+        try:
+            for name, module, own, change in self._changes():
+                was, channels = type(module).__name__, channels_of(module)
+                snapshots.append(Snapshot(module))
+                why = change(module, own)
+                snapshots[-1].finish()
+                if hasattr(type(module), "layer_name"):
+                    module.layer_name = name  # type: ignore[assignment]
+                rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
+        except BaseException:
+            for snapshot in reversed(snapshots):
+                snapshot.restore(lambda tensor: tensor)
+            raise
+        removed = {key: RemovedBias(*pair) for key, pair in keys.items() if removes(key)}
+        left, redundant = self.left, tuple(keys)
+        return Conversion(
+            self.model,
+            self.spec,
+            tuple(rows),
+            snapshots,
+            anchors,
+            left=left,
+            redundant_biases=redundant,
+            removed=removed,
+        )
+
+    def _norms_with_batch_statistics(self) -> Iterator[nn.Module]:
+        for name, norm in self.norms.items():
+            source = source_of(norm)
+            if name in self.specs:
+                if self.specs[name].kind in BATCH_KINDS:
+                    yield norm
+            elif source is not None and not source.frozen:
+                yield norm
+
+    def _changes(self) -> list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]]:
+        standardized = {name: self.norms[name] for name, own in self.specs.items() if own.kind == "group_ws"}
+        convolutions = _convolutions_before(self.model, standardized)
+        changes: list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]]
+        changes = [(name, conv, self.spec, to_standardized) for name, conv in convolutions]
+        changes += [(name, self.norms[name], own, CHANGES[own.kind]) for name, own in self.specs.items()]
+        order = {id(module): place for place, module in enumerate(self.model.modules())}
+        return sorted(changes, key=lambda item: order[id(item[1])])
+
+
+def _check_spec(spec: object) -> None:
+    if not isinstance(spec, NormSpec):
+        raise ConfigError(
+            f"convert() got {spec!r} for a decision. Give it what decide() returned, or NormSpec(kind=…, "
+            "normalization_batch=…)."
+        )
+
+
+def _check_world(spec: NormSpec, specs: dict[str, NormSpec]) -> None:
+    """Refuse a decision for other ranks, where there are several.
+
+    Alone, with a process group or without, a layer is local batch norm, whatever it was decided for; and a spec built
+    by hand need not say for how many ranks.
+    """
+    world = collectives.world_size()
+    if world == 1:
+        return
+    if (spec.device_batch or spec.world_size > 1) and spec.world_size != world:
+        raise ConfigError(
+            f"convert() got a decision for world_size={spec.world_size}, and this run has {world} ranks.\n"
+            f"Decide again: decide(device_batch={spec.device_batch or '…'}, world_size={world})."
+        )
+    for name, own in specs.items():
+        if own.kind in {"sync", "renorm"} and world % own.sync_ranks:
+            raise ConfigError(
+                f"layer {name!r} would share statistics over sync_ranks={own.sync_ranks}, that does not divide "
+                f"world_size={world}. Use {divisors_in_words(world)}."
+            )
+
+
+def _with_selection(names: Names, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> NormSpec:
+    """Write into the decision which layers it is for, types as the names of the layers they stand for."""
+    included = names.resolve(spec.include if include is None else include, "include")
+    excluded = names.resolve(spec.exclude if exclude is None else exclude, "exclude")
+    if not included:
+        raise ConfigError(
+            "convert() got include=[], that selects no layer. Leave it out for all, or name some: include=['layer4']."
+        )
+    chosen = set().union(*map(names.covered_by, included)).difference(*map(names.covered_by, excluded))
+    if not chosen:
+        raise ConfigError(
+            f"include={list(included)} less exclude={list(excluded)} leaves no batch norm to convert.\n"
+            "Exclude fewer, or do not call convert()."
+        )
+    return dataclasses.replace(spec, include=included, exclude=excluded)
+
+
+def _check_overrides(names: Names, spec: NormSpec) -> None:
+    for dimension, change in spec.per_kind.items():
+        check_override(change, f"spec.per_kind[{dimension!r}]")
+    for glob, change in spec.layers.items():
+        names.check(glob, "spec.layers")
+        check_override(change, f"spec.layers[{glob!r}]")
+
+
+def _why_left(names: Names, name: str, norm: nn.Module, spec: NormSpec, *, is_named: bool) -> str:
+    for glob in spec.exclude:
+        if name in names.covered_by(glob):
+            return f"exclude={glob!r}"
+    if not any(name in names.covered_by(glob) for glob in spec.include):
+        return "not in include"
+    source = source_of(norm)
+    if source is not None and source.frozen and not is_named:
+        return "constants, that no entry of layers names"
+    return "a layer of distnorm's own" if source is None and type(norm).__module__.startswith("distnorm.") else ""
 
 
 def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
@@ -165,40 +253,5 @@ def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Itera
     for (name, module), (_, after) in itertools.pairwise(leaves):
         if type(module) not in STANDARDIZED or id(after) not in ids or channels_of(module) != channels_of(after):
             continue
-        if module.weight[0].numel() > 1:  # a filter of one weight would be standardized to 0
+        if module.weight.numel() > channels_of(module):  # a filter of one weight has no variance
             yield name, module
-
-
-_STATE = {"_parameters", "_buffers", "_modules", "training", "_non_persistent_buffers_set"}
-
-
-def _take_snapshot(module: nn.Module) -> _Snapshot:
-    attributes = {k: v for k, v in module.__dict__.items() if k not in _STATE and not k.endswith("_hooks")}
-    not_saved = frozenset(module._non_persistent_buffers_set)  # noqa: SLF001
-    return _Snapshot(module, type(module), attributes, dict(module._buffers), not_saved)  # noqa: SLF001
-
-
-def _restore(snapshot: _Snapshot) -> None:
-    """Undo one change; what the user did to hooks, mode, parameters and living buffers meanwhile stays done."""
-    module = snapshot.module
-    module.__class__ = snapshot.cls
-    for key in [k for k in module.__dict__ if k not in _STATE and not k.endswith("_hooks")]:
-        if key not in snapshot.attributes:
-            del module.__dict__[key]
-    module.__dict__.update(snapshot.attributes)
-    like = next(module.parameters(recurse=False), None)  # the model may have moved, or changed its dtype, meanwhile
-    for name, buffer in snapshot.buffers.items():
-        if name not in module._buffers:  # noqa: SLF001
-            follows = buffer is not None and like is not None
-            module._buffers[name] = _moved(buffer, like) if follows else buffer  # type: ignore[arg-type]  # noqa: SLF001
-
-
-def _moved(buffer: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return buffer.to(like.device, like.dtype if buffer.is_floating_point() else None)
-
-
-def _lost_keys(model: nn.Module, snapshots: list[_Snapshot]) -> Iterator[str]:
-    names = {id(module): name for name, module in model.named_modules()}
-    for snapshot in snapshots:
-        for buffer in snapshot.buffers.keys() - snapshot.module._buffers.keys() - snapshot.not_saved:  # noqa: SLF001
-            yield f"{names[id(snapshot.module)]}.{buffer}".lstrip(".")

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 
 from distnorm import agreement, positions
-from distnorm.convert import Conversion
+from distnorm.conversion import Conversion
 from distnorm.errors import ConfigError
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 

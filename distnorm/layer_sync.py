@@ -4,7 +4,8 @@ from lightning.pytorch.plugins import layer_sync
 from torch import nn
 
 from distnorm import collectives
-from distnorm.convert import Conversion, convert
+from distnorm.conversion import Conversion
+from distnorm.convert import convert
 from distnorm.errors import ConfigError
 from distnorm.policy import decide
 from distnorm.spec import NormSpec

@@ -156,7 +156,7 @@ def step_cost(
     Example:
         >>> cost = step_cost(sync_ranks=8)
         >>> round(cost.wire_ms, 2), cost.collectives
-        (1.38, 106)
+        (1.39, 106)
     """
     _check(channels, sync_ranks, ranks_per_node)
     if sync_ranks == 1:

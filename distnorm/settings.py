@@ -5,7 +5,6 @@ against the signature of what they build. An error names the key as one types it
 instead.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -30,6 +29,15 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class RenormSettings(_Strict):
+    """How far batch renormalization corrects, and from when."""
+
+    r_max: Annotated[float, Field(ge=1, strict=True)] = Field(description="a factor of at least 1", examples=[3.0])
+    d_max: Annotated[float, Field(ge=0, strict=True)] = Field(description="0 or more deviations", examples=[5.0])
+    warmup: Annotated[int, Field(ge=0, strict=True)] = Field(description="a number of steps", examples=[200])
+    ramp: Annotated[int, Field(ge=0, strict=True)] = Field(description="a number of steps", examples=[800])
+
+
 class NormSettings(_Strict):
     """Who shares statistics: the arguments of `distnorm.decide`, and how many samples precise statistics take."""
 
@@ -39,6 +47,7 @@ class NormSettings(_Strict):
     exact: Flag
     sync_ranks: AtLeastOne | None
     groups: AtLeastOne
+    renorm: RenormSettings
     task: Literal[TASKS]  # type: ignore[valid-type]
     pretrained: Flag
     iid: Flag
@@ -147,9 +156,8 @@ class Settings(_Strict):
             ranks_per_node: ranks on one machine.
             channels: of each batch norm of the model, for the price; none: ResNet-50's.
         """
-        asked = self.norm.model_dump(exclude={"calibration_samples", "groups"})
-        spec = decide(self.device_batch, world_size, ranks_per_node=ranks_per_node, channels=channels or None, **asked)
-        return dataclasses.replace(spec, groups=self.norm.groups)
+        asked = self.norm.model_dump(exclude={"calibration_samples"})
+        return decide(self.device_batch, world_size, ranks_per_node=ranks_per_node, channels=channels or None, **asked)
 
     def with_batches(self, world_size: int) -> "Settings":
         """Fill in what follows from the number of ranks: `device_batch` from `global_batch`, or the other way round.

@@ -24,6 +24,9 @@ KINDS = (
 BATCH_KINDS = ("batch", "sync", "ghost", "renorm")
 """Kinds whose statistics are a batch's; the others' are a sample's own, constants, or none."""
 
+RENORM = {"r_max": 1, "d_max": 0, "warmup": 0, "ramp": 0}
+"""Settings of batch renormalization, and the least each may be."""
+
 EVALUATIONS = ("running", "pooled", "precise")
 
 Override = Mapping[str, Any]
@@ -64,6 +67,8 @@ class NormSpec:
         ghost_batch: samples that share statistics inside one device, for `ghost`; else `None`.
         groups: the most groups a GroupNorm gets; a layer takes the largest divisor of its channels up to it that leaves
             2 channels a group.
+        renorm: the limits of batch renormalization and their schedule: `r_max`, `d_max`, `warmup`, `ramp`; those left
+            out are the layer's own.
         momentum: weight of a new batch in the running statistics; `None` keeps each layer's own.
         evaluation: what evaluation normalizes with: `running` statistics, those of all ranks `pooled`, or `precise`
             ones, measured anew with the weights of the moment.
@@ -88,6 +93,7 @@ class NormSpec:
     sync_ranks: int = 1
     ghost_batch: int | None = None
     groups: int = 32
+    renorm: Mapping[str, float] = dataclasses.field(default_factory=dict)
     momentum: float | None = None
     evaluation: str = "running"
     frozen_last: float = 0.0
@@ -107,7 +113,7 @@ class NormSpec:
         """Refuse what no layer could be.
 
         Raises:
-            ConfigError: an unknown kind, fewer than one rank, or a ghost without its size.
+            ConfigError: an unknown kind, evaluation or limit, fewer than one rank, or a ghost without its size.
         """
         if self.kind not in KINDS[1:]:
             near = did_you_mean(self.kind, KINDS[1:])
@@ -115,6 +121,10 @@ class NormSpec:
         if self.evaluation not in EVALUATIONS:
             near = did_you_mean(self.evaluation, EVALUATIONS)
             raise ConfigError(f"NormSpec.evaluation={self.evaluation!r} is not one of {', '.join(EVALUATIONS)}.{near}")
+        for name, value in self.renorm.items():
+            if name not in RENORM or not value >= RENORM[name]:  # nor nan
+                rule = " and ".join(f"{key} of at least {least}" for key, least in RENORM.items())
+                raise ConfigError(f"norm.renorm={dict(self.renorm)} may have {rule}.{did_you_mean(name, RENORM)}")
         if self.sync_ranks < 1 or (self.kind == "ghost" and not self.ghost_batch):
             raise ConfigError(
                 f"NormSpec has sync_ranks={self.sync_ranks} and ghost_batch={self.ghost_batch}: at least 1 rank, "

@@ -15,6 +15,7 @@ from distnorm import ConfigError, GhostBatchNorm, SyncBatchNorm, collectives
 from distnorm.calibration import calibrate
 from distnorm.norms import BatchRenorm, FrozenBatchNorm
 from distnorm.norms.base import OF_ONE_STEP
+from distnorm.norms.recurrent import RecurrentBatchNorm
 from tests import ranks
 
 pytestmark = pytest.mark.unit
@@ -306,19 +307,8 @@ def test_a_shared_layer_merges_all_it_is_given():
     torch.testing.assert_close(found["0.running_var"], torch.cat((x, inner)).var(0))
 
 
-class PerStep(nn.BatchNorm1d):
-    """What a recurrent norm looks like from outside: a row of statistics a time step, the last for all beyond."""
-
-    def __init__(self, channels, steps):
-        super().__init__(channels)
-        self.running_mean, self.running_var = torch.zeros(steps, channels), torch.ones(steps, channels)
-
-    def forward(self, x, step):
-        return nn.functional.batch_norm(x, None, None, training=True)
-
-
 def test_statistics_with_a_row_a_time_step_are_measured_a_row():
-    model = nn.Sequential(PerStep(2, 4))
+    model = nn.Sequential(RecurrentBatchNorm(2, 4))
     x = torch.randn(5, 30, 2) + torch.arange(5.0)[:, None, None] * 10
     steps = (0, 1, 3, 4, 5)
     found = calibrate(model, [x], forward=lambda m, b: [m[0](part, t) for part, t in zip(b, steps, strict=True)])

@@ -196,6 +196,7 @@ REFUSED = [
     ({"kind": "ghost", "normalization_batch": 1}, "normalization_batch=1 and device_batch=8", "or norm=instance"),
     ({"normalization_batch": 24, "exact": True}, "norm.normalization_batch=24", "Use 2, 4, 8, 16, 32; or"),
     ({"normalization_batch": 1, "exact": True}, "norm.normalization_batch=1", "Use 2, 4, 8, 16, 32; or"),
+    ({"device_batch": 1, "normalization_batch": 1, "exact": True}, "normalization_batch=1 cannot", "Use 2, 4; or"),
     ({"normalization_batch": 64, "exact": True, "kind": "sync"}, "gives a normalization batch of 32", "norm=auto"),
     ({"layers": ["a"]}, "norm.layers=['a'] must map globs", 'e.g. norm.layers={"layer4.*": group}'),
     ({"layers": {"a": 3}}, "norm.layers['a']=3 must be a kind", "{kind: sync, sync_ranks: 2}"),

@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from torch import nn
 
-from distnorm import ConfigError, SyncBatchNorm, collectives, convert, positions
+from distnorm import ConfigError, NormSpec, SyncBatchNorm, collectives, convert, positions
 from distnorm.diagnosis import RankDiagnosis
 from tests import ranks
-from tests.test_agreement import plain, spec
+from tests.test_agreement import plain
 
 pytestmark = pytest.mark.unit
 
@@ -31,7 +31,7 @@ class Task(pl.LightningModule):
 
 def fit(fault, folder):
     model = plain()
-    conversion = convert(model, spec(sync_ranks=2))
+    conversion = convert(model, NormSpec("sync", 4, sync_ranks=2, device_batch=2, world_size=2))
     task = Task(model)
     me = collectives.rank()
     if fault == "channels" and me == 1:

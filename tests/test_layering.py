@@ -18,8 +18,9 @@ LADDER = [
     ["collectives", "spec", "evidence", "planner"],
     ["moments", "policy", "uneven"],
     ["norms"],
-    ["changes"],
-    ["convert"],
+    ["changes", "flow", "selection", "conversion"],
+    ["biases", "identity"],
+    ["convert", "fold"],
     ["population", "models", "drift.metric", "drift.record", "agreement", "recording"],
     ["calibration", "checkpoint", "domains"],
     ["data", "tasks", "drift.monitor", "callbacks", "diagnosis", "layer_sync", "progress", "targets", "study.design"],
@@ -46,7 +47,7 @@ HEAVY = {
     "rich",
     "numpy",
 }
-LIGHT_ROOMS = {room for floor in LADDER[:9] for room in floor}
+LIGHT_ROOMS = {room for floor in LADDER[:10] for room in floor}
 
 
 def room_of(module):

@@ -1,5 +1,6 @@
 """Every file of conf/norm trains two steps, and norm=auto decides, converts and trains on each number of ranks."""
 
+import json
 import math
 from pathlib import Path
 
@@ -106,5 +107,5 @@ def test_auto_through_train_py(tmp_path, device_batch, world):
     overrides = [f"data.device_batch={device_batch}", "trainer=cpu_ddp", f"trainer.devices={world}", *runs.QUICK]
     _, run = runs.train_py(*overrides, folder=tmp_path)
     kind, sync_ranks, _ = DECIDED[device_batch][(1, 2, 4).index(world)]
-    decision = runs.result(run)["decision"]
+    decision = json.loads(run.result.read_text())["decision"]
     assert (decision["kind"], decision["sync_ranks"]) == (kind, sync_ranks)

@@ -55,6 +55,7 @@ ROWS = {
         *("sync", 16, 16, "over 2 nodes: 2.9 ms are 7%", "cost"),
     ),
     "11 foldable": (2, 4, {"foldable": True}, "renorm", 4, 8, "inference must fold", "frozen-late"),
+    "11 over nodes": (1, 64, {"foldable": True, "ranks_per_node": 2}, "renorm", 8, 8, "must fold", "folding"),
     "12 too few": (2, 2, {}, "group_ws", 1, 1, "a normalization batch of 4 < 16", "standardized"),
     "12 slow network": (
         (2, 16, {"ranks_per_node": 4, "internode_latency_us": 20.1}),
@@ -65,6 +66,7 @@ ROWS = {
     "13 ghosts": (512, 8, {}, "ghost", 1, 64, "device batch 512 > 256: parts of 64", "ghost"),
     "13 odd ghosts": (320 + 8, 8, {}, "ghost", 1, 41, "parts of 41", "ghost"),
     "13 no divisor": (257, 8, {}, "batch", 1, 257, "device batch 257 ≥", "batch-size"),
+    "13 not the whole": (512, 8, {"normalization_batch": 512}, "batch", 1, 512, "device batch 512 ≥", "curve"),
     "15 by hand alone": (8, 4, {"kind": "response"}, "response", 1, 1, "asked for", None),
 }
 
@@ -166,6 +168,7 @@ def test_another_world_with_the_same_normalization_batch_has_the_same_momentum()
 EVALUATION = [
     (16, 4, {}, "pooled"),
     (16, 1, {}, "running"),
+    (15, 1, {"kind": "batch"}, "precise"),
     (8, 4, {}, "running"),
     (8, 8, {}, "pooled"),
     (2, 4, {"kind": "sync"}, "precise"),
@@ -200,6 +203,8 @@ def test_the_price_comes_from_curve_and_planner():
     assert (decide(8, 4).penalty, decide(8, 4).cost_ms) == (0.1, 1.0)
     assert decide(8, 4, channels=[64] * 5).cost_ms < 0.2
     assert (decide(2, 4, task="generative").penalty, decide(8, 4, task="contrastive").penalty) == (None, None)
+    assert decide(64, 4, iid=False, kind="batch").penalty is None  # nobody measured a part of a mixture
+    assert decide(8, 4, iid=False).penalty == 0.1
     far = decide(2, 16, ranks_per_node=4, internode_latency_us=20, step_ms=1000)
     assert far.cost_ms > decide(2, 16, ranks_per_node=4).cost_ms + 2
 

@@ -179,7 +179,11 @@ def test_what_is_right_passes_in_whatever_way_it_is_written():
 
 
 MISTYPED = [
-    ("norm=synk", "norm='synk' is not one of auto, batch, ghost, group, group_ws, sync.", "Did you mean 'sync'?"),
+    (
+        "norm=synk",
+        "norm='synk' is not one of auto, batch, frozen, ghost, group, group_ws, instance, layer, none, renorm,",
+        "Did you mean 'sync'?",
+    ),
     ("experiment=smal_batch", "experiment='smal_batch'", "Did you mean 'small_batch'?"),
     ("norm.normalisation_batch=3", "norm.normalisation_batch", "Did you mean 'norm.normalization_batch'?"),
     ("model.width=3", "model.width: there is no such key", "Did you mean 'model.widths'?"),

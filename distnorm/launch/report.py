@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from distnorm.convert import Conversion
+from distnorm.conversion import Conversion
 from distnorm.drift.monitor import WorstDrift
 from distnorm.launch import console
 from distnorm.launch.ranks import Ranks

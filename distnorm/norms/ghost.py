@@ -13,7 +13,7 @@ from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import Moments
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 from distnorm.norms.recomputation import Pass
-from distnorm.norms.surgery import register
+from distnorm.norms.surgery import register_norm
 
 
 class GhostBatchNorm(AbstractBatchStatisticsNorm):
@@ -105,4 +105,4 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         return functional.batch_norm(x, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
-register(GhostBatchNorm)
+register_norm(GhostBatchNorm)

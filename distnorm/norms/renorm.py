@@ -12,7 +12,7 @@ from distnorm.errors import ConfigError
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.pooling import Pooled
 from distnorm.norms.recomputation import Correction, Pass
-from distnorm.norms.surgery import register
+from distnorm.norms.surgery import register_norm
 
 
 class BatchRenorm(AbstractNormOverRanks):
@@ -138,7 +138,7 @@ class BatchRenorm(AbstractNormOverRanks):
         return self.weight * r_C, shift_C if self.bias is None else self.bias + shift_C
 
 
-register(BatchRenorm)
+register_norm(BatchRenorm)
 
 
 @torch.library.custom_op("distnorm::computed_once", mutates_args=())

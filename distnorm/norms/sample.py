@@ -68,4 +68,5 @@ class Identity(nn.Module):
 
         Shape: any.
         """
-        return followed(self, input)
+        works_in_place = any(getattr(module, "inplace", False) for module in self.modules())
+        return followed(self, input.clone() if works_in_place else input)  # a norm's output was nobody else's

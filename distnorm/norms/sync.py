@@ -12,7 +12,7 @@ from torch.nn import functional
 from distnorm import collectives
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.recomputation import Pass
-from distnorm.norms.surgery import become, find_norms, register
+from distnorm.norms.surgery import become, find_norms, register_norm
 
 
 class SyncBatchNorm(AbstractNormOverRanks):
@@ -128,4 +128,4 @@ class SyncBatchNorm(AbstractNormOverRanks):
         return y
 
 
-register(SyncBatchNorm)
+register_norm(SyncBatchNorm)

@@ -58,6 +58,8 @@ class Case:
     momentum: float | str | None
     evaluation: str
     frozen_last: float | None
+    groups: int
+    renorm: Mapping[str, float] | None
     layers: Mapping[str, Any] | None
     include: Sequence[str]
     exclude: Sequence[str]

@@ -43,6 +43,8 @@ def decide(
     momentum: float | str | None = "auto",
     evaluation: str = "auto",
     frozen_last: float | None = None,
+    groups: int = 32,
+    renorm: Mapping[str, float] | None = None,
     layers: Mapping[str, str | Override] | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
@@ -82,6 +84,8 @@ def decide(
         momentum: for the running statistics; `auto`: they hold 1000 samples; `None` keeps each layer's own.
         evaluation: `running`, `pooled`, `precise`, or `auto`.
         frozen_last: the share of training, at its end, with constant statistics; `None`: as decided.
+        groups: the most groups of a GroupNorm.
+        renorm: limits of batch renormalization and their schedule: `r_max`, `d_max`, `warmup`, `ramp`.
         layers: what layers get instead, by name: `{"layer4.*": "group", "head.*": {"kind": "sync", "sync_ranks": 2}}`.
         include: globs of the names of layers that may be converted.
         exclude: globs of those that stay as they are.
@@ -107,6 +111,8 @@ def decide(
         spec,
         per_kind=per_kind,
         layers=by_name(case, spec),
+        groups=groups,
+        renorm=dict(renorm or {}),
         include=_globs("include", include),
         exclude=_globs("exclude", exclude),
         momentum=momentum_of(case, spec.kind, spec.normalization_batch),
