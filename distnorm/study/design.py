@@ -56,7 +56,7 @@ class Probe(_Strict):
             of all ranks `pooled`, `precise` ones measured anew, or those of each evaluation `batch`.
         data: changes of the data that is evaluated on: `{domain: inverted}`.
         calibrate: the same of the training images that precise statistics are measured on; `null`: those of `data`.
-        samples: how many of them; their labels are not used.
+        samples: how many of them, at most all there are; their labels are not used.
         label: its column's heading.
     """
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from distnorm import checkpoint
+from distnorm.calibration import calibrate
 from distnorm.convert import convert, normalization_layers
 from distnorm.drift import record
 from distnorm.launch.run_dir import RunFolder
@@ -104,11 +105,10 @@ class _Trained:
         if probe.statistics == "pooled":
             return pooled(self._ranks)
         if probe.statistics == "precise":
-            from distnorm.calibration import calibrate  # noqa: PLC0415
-
             source = probe.data if probe.calibrate is None else probe.calibrate
-            data = self._data(source, self._settings.device_batch)
-            return calibrate(self._model, (inputs for inputs, _ in data.train_dataloader()), probe.samples)
+            batches = self._data(source, self._settings.device_batch).train_dataloader()
+            there = len(batches) * self._settings.device_batch
+            return calibrate(self._model, batches, min(probe.samples, there))
         return self._saved
 
     def _data(self, changes: dict[str, Any], device_batch: int) -> Any:
