@@ -43,22 +43,22 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
 
     panels = design.figure.panels
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4.4 * len(panels), 4.2), squeeze=False)
+        figure, axes = plt.subplots(1, len(panels), figsize=(max(7.4, 1 + 4.4 * len(panels)), 4.2), squeeze=False)
         for panel, one in zip(panels, axes[0], strict=True):
             if panel.bars:
-                _bars(one, panel, table)
+                _bars(one, panel, design, table)
             else:
                 _curves(one, panel, design, table)
             one.set_ylabel(panel.y)
             one.set_xlabel(design.figure.x)
             if panel.log:
                 one.set_yscale("log")
-        _legend(figure, axes[0])
+        rows = _legend(figure, axes[0], columns=3 if len(panels) == 1 else 5)
         figure.suptitle(design.figure.title, fontsize=10)
-        figure.tight_layout(rect=(0, 0.04 + 0.05 * math.ceil(_num_labels(axes[0]) / 5), 1, 1))
+        figure.tight_layout(rect=(0, 0.02 + 0.055 * rows, 1, 1))
         files = [folder / "figure.svg", folder / "figure.png"]
         figure.savefig(files[0], metadata={"Date": None})
-        figure.savefig(files[1], dpi=110)
+        figure.savefig(files[1], dpi=96)
         plt.close(figure)
     return files
 
@@ -88,22 +88,20 @@ def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
         axes.minorticks_off()
 
 
-def _bars(axes: Any, panel: Panel, table: Table) -> None:
-    names = list(dict.fromkeys(name for bars in panel.bars.values() for name in bars))
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        for place, bars in enumerate(panel.bars.values()):
-            if name not in bars:
-                continue
-            number = table.at(bars[name])
-            left = place + (index - (len(names) - 1) / 2) * width
+def _bars(axes: Any, panel: Panel, design: Design, table: Table) -> None:
+    """Draw groups of bars; one name has one colour in all panels."""
+    names = list(dict.fromkeys(name for one in design.figure.panels for bars in one.bars.values() for name in bars))
+    width = 0.8 / max(len(bars) for bars in panel.bars.values())
+    for place, bars in enumerate(panel.bars.values()):
+        for index, (name, reference) in enumerate(bars.items()):
+            number = table.at(reference)
+            left = place + (index - (len(bars) - 1) / 2) * width
             error = None if math.isnan(number.error) else number.error
-            axes.bar(left, number.value, width, yerr=error, capsize=2, color=_COLOURS[index % 7], label=name)
-            top = number.value + (error or 0)
+            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            axes.bar(left, number.value, width, yerr=error, capsize=2, color=colour, label=name)
             if not math.isnan(number.value):
-                axes.annotate(
-                    _short(number.value), (left, top), (0, 2), textcoords="offset points", ha="center", fontsize=7
-                )
+                top = (left, number.value + (error or 0))
+                axes.annotate(_short(number.value), top, (0, 2), textcoords="offset points", ha="center", size=7)
     axes.set_xticks(range(len(panel.bars)), list(panel.bars))
 
 
@@ -111,21 +109,13 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.0f}"
 
 
-def _labels(axes: Any) -> dict[str, Any]:
+def _legend(figure: Any, axes: Any, columns: int) -> int:
+    """Draw one legend below all panels, none for a single name; returns its rows."""
     found: dict[str, Any] = {}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
-    return found
-
-
-def _num_labels(axes: Any) -> int:
-    found = _labels(axes)
-    return len(found) if len(found) > 1 else 0
-
-
-def _legend(figure: Any, axes: Any) -> None:
-    """One legend below all panels; none for a single name."""
-    found = _labels(axes)
-    if len(found) > 1:
-        figure.legend(found.values(), found.keys(), loc="lower center", ncols=min(len(found), 5), fontsize=8.5)
+    if len(found) < 2:
+        return 0
+    figure.legend(found.values(), found.keys(), loc="lower center", ncols=min(len(found), columns), fontsize=8.5)
+    return math.ceil(len(found) / columns)

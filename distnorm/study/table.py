@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from distnorm.convert import aligned
+from distnorm.conversion import aligned
 from distnorm.study.cells import Outcome
 from distnorm.study.design import Design
 
