@@ -141,6 +141,7 @@ class Settings(_Strict):
     trainer: TrainerSettings
     drift: DriftSettings
     logger: LoggerSettings
+    study: Node | None = None
 
     @property
     def device_batch(self) -> int:

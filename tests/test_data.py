@@ -202,6 +202,11 @@ def message_of(call, *arguments, **options):
         ({"augmentation": "x"}, "data.augmentation='x' is not one of strong, none", "Use data.augmentation=strong"),
         ({"last_batch": "dorp"}, "data.last_batch='dorp' is not one of drop, keep", "Did you mean 'drop'?"),
         ({"num_workers": -2}, "data.num_workers=-2", "data.num_workers=0"),
+        ({"evaluation_augmentation": "stong"}, "data.evaluation_augmentation='stong'", "Did you mean 'strong'?"),
+        ({"shards": "sortd"}, "data.shards='sortd' is not one of shuffled, sorted", "Did you mean 'sorted'?"),
+        ({"domain": "brigt"}, "data.domain='brigt'", "Did you mean 'bright'?"),
+        ({"split": "60-20"}, "data.split='60-20' is not one of 60-20-20, 50-10-40", "Use data.split=60-20-20"),
+        ({"num_classes": 11}, "data.num_classes=11 must be in 2..10", "e.g. 10"),
         ({"seed": -1}, "seed=-1 must lie in 0..4294967295", "e.g. seed=0"),
     ],
 )
@@ -226,3 +231,58 @@ def test_a_batch_larger_than_the_data_is_refused():
     )
     options = {"device_batch": 1, "rank": 0, "world_size": 1, "seed": 0, "last_batch": "keep"}
     assert "0 samples" in message_of(GlobalBatchSampler, num_samples=0, **options)
+
+
+def test_sorted_shards_give_each_rank_its_own_digits():
+    seen = []
+    for rank in range(5):
+        data = DigitsData(device_batch=8, shards="sorted", last_batch="keep")
+        data.trainer = placed(rank, 5)
+        _, targets = split_images(data, data.train_dataloader)
+        seen.append(targets)
+    assert sum(map(len, seen)) == 1078
+    assert all(len(set(targets)) <= 3 for targets in seen)
+    assert [int(targets.min()) for targets in seen] == sorted(int(targets.min()) for targets in seen)
+
+
+def test_augmented_evaluation_images_are_the_same_in_every_run_and_on_every_number_of_ranks():
+    options = {"device_batch": 50, "evaluation_augmentation": "strong"}
+    alone, targets = split_images(DigitsData(seed=0, **options), DigitsData(seed=0, **options).test_dataloader)
+    assert np.array_equal(alone, split_images(None, DigitsData(seed=7, **options).test_dataloader)[0])
+    parts = []
+    for rank in range(3):
+        data = DigitsData(seed=1, **options)
+        data.trainer = placed(rank, 3)
+        parts.append(split_images(data, data.test_dataloader)[0])
+    assert np.array_equal(alone, np.concatenate(parts))
+    clean, same = split_images(None, DigitsData(device_batch=50).test_dataloader)
+    assert np.array_equal(targets, same)
+    assert np.abs(alone - clean).mean() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("domain", "seen_as"),
+    [("inverted", lambda x: 1 - x), ("low_contrast", lambda x: x / 4), ("bright", lambda x: x + 1)],
+)
+def test_a_domain_shows_the_same_images_by_another_camera(domain, seen_as):
+    source = DigitsData(device_batch=64, evaluation_augmentation="strong")
+    other = DigitsData(device_batch=64, evaluation_augmentation="strong", domain=domain)
+    for before, after in (
+        (source.test_dataloader, other.test_dataloader),
+        (source.train_dataloader, other.train_dataloader),
+    ):
+        images, targets = split_images(None, before)
+        shown, same = split_images(None, after)
+        assert np.array_equal(targets, same)
+        assert shown.dtype == np.float32
+        np.testing.assert_allclose(shown, seen_as(images.astype(np.float64)), atol=1e-6)
+
+
+def test_the_other_split_and_fewer_digits():
+    half = DigitsData(device_batch=4, split="50-10-40")
+    assert [half.num_samples(split) for split in ("train", "val", "test")] == [901, 176, 720]
+    few = DigitsData(device_batch=4, num_classes=3)
+    counts = np.bincount(load_digits().target)[:3].sum()
+    assert sum(few.num_samples(split) for split in ("train", "val", "test")) == counts
+    assert set(few.samples("test").targets) == {0, 1, 2}
+    assert few.num_classes == 3

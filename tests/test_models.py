@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from distnorm.data import DigitsData
 from distnorm.errors import ConfigError
-from distnorm.models import ResNet
+from distnorm.models import ConvNet, ResNet
 
 pytestmark = pytest.mark.unit
 
@@ -106,3 +106,33 @@ def test_impossible_shapes_are_refused(arguments, value, remedy):
         ResNet(**arguments)
     assert value in str(error.value)
     assert remedy in str(error.value)
+
+
+def test_the_plain_network_has_a_norm_after_each_convolution_and_learns_in_all_of_them():
+    torch.manual_seed(0)
+    model = ConvNet(num_classes=3, in_channels=2, widths=(4, 6), strides=(1, 2))
+    assert [type(layer).__name__ for layer in model.features] == ["Conv2d", "BatchNorm2d", "ReLU"] * 2
+    assert [layer.num_features for layer in model.features if isinstance(layer, nn.BatchNorm2d)] == [4, 6]
+    x = torch.randn(5, 2, 9, 7)
+    assert model.features(x).shape == (5, 6, 5, 4)
+    features = model.features(x)
+    torch.testing.assert_close(model(x), model.head(features.flatten(2).mean(2)))
+    functional.cross_entropy(model(x), torch.arange(5) % 3).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value", "remedy"),
+    [
+        ({"num_classes": 0}, "model.num_classes=0", "model.num_classes=1"),
+        ({"widths": (4,)}, "model.widths=[4] and model.strides=[1, 2, 1, 2, 1, 2, 1]", "model.strides=[1,2]"),
+        ({"widths": (4,), "strides": (0,)}, "model.strides=[0]", "model.strides=[1,2]"),
+        ({"widths": (), "strides": ()}, "model.widths=[]", "model.widths=[16,32]"),
+    ],
+)
+def test_an_impossible_plain_network_is_refused(arguments, value, remedy):
+    with pytest.raises(ConfigError) as error:
+        ConvNet(**arguments)
+    assert value in str(error.value)
+    assert remedy in str(error.value)
+    assert str(error.value).count("\n") <= 2

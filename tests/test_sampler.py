@@ -128,3 +128,26 @@ def test_a_rank_outside_the_world_is_refused(rank):
         text = message_of(sampler, num_samples=9, device_batch=1, rank=rank, world_size=2, **options)
         assert f"rank={rank}" in text
         assert "world_size=2" in text
+
+
+@quick
+@given(st.integers(12, 120), batches, st.integers(1, 4), seeds, st.sampled_from(["drop", "keep"]))
+def test_sorted_shards_keep_each_rank_to_its_part_of_the_classes(n, b, world, seed, last_batch):
+    n += b * world
+    classes = np.random.default_rng(seed).integers(0, 5, n)
+    ranks = dealt(n, b, world, seed=seed, epoch=2, last_batch=last_batch, classes=classes.tolist())
+    parts = np.array_split(np.argsort(classes, kind="stable"), world)
+    for rank, part in zip(ranks, parts, strict=True):
+        drawn = indices(flat(rank))
+        assert len(drawn) == len(set(drawn))
+        assert set(drawn) <= set(part.tolist())
+        if last_batch == "keep":
+            assert set(drawn) == set(part.tolist())
+        assert all(len(batch) == b for batch in rank[: n // (b * world)])
+    assert len({len(rank) for rank in ranks}) == 1, "as many steps on every rank"
+
+
+def test_sorted_shards_are_in_another_order_each_epoch():
+    orders = [indices(flat(dealt(24, 4, 2, seed=1, epoch=e, classes=[0] * 12 + [1] * 12)[1])) for e in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(12, 24))
+    assert orders[0] != orders[1]

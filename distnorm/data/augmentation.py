@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 Images = npt.NDArray[np.float32]
 Transform = Callable[[Images, Iterable[np.random.Generator]], Images]
+Domain = Callable[[Images], Images]
 
 MARGIN = 2
 CONTRAST = (0.4, 1.0)
@@ -62,6 +63,35 @@ def centre(images_NCHW: Images, _streams: Iterable[np.random.Generator]) -> Imag
     canvas_NCHW = _canvas(images_NCHW)
     canvas_NCHW[:, :, MARGIN:-MARGIN, MARGIN:-MARGIN] = images_NCHW
     return canvas_NCHW
+
+
+def in_domain(images_NCHW: Images, streams: Iterable[np.random.Generator], *, first: Transform, then: Domain) -> Images:
+    """Transform images, and show the result as another camera would: the same samples, another domain.
+
+    Args:
+        images_NCHW: values in 0 … 1.
+        streams: one a sample, in the order of the samples.
+        first: the transform.
+        then: what the other camera does to every pixel.
+
+    Shape: images [N, C, H, W]; result as of `first`.
+    """
+    return then(first(images_NCHW, streams))
+
+
+def invert(images_NCHW: Images) -> Images:
+    """Exchange black and white: 1 - x. Shape: images [N, C, H, W]; result the same."""
+    return 1 - images_NCHW
+
+
+def flatten_contrast(images_NCHW: Images) -> Images:
+    """Lower the contrast to a quarter: x / 4. Shape: images [N, C, H, W]; result the same."""
+    return images_NCHW * np.float32(0.25)
+
+
+def brighten(images_NCHW: Images) -> Images:
+    """Make every pixel brighter by the range of clean images: x + 1. Shape: images [N, C, H, W]; result the same."""
+    return images_NCHW + 1
 
 
 def flip_and_crop(images_NCHW: Images, streams: Iterable[np.random.Generator]) -> Images:

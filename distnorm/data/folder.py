@@ -31,6 +31,7 @@ class ImageFolderData(AbstractClassificationData):
         augmentation: `"flip_crop"` mirrors and crops (`flip_and_crop`); `"none"` shows the images as in evaluation.
         last_batch: `"drop"` leaves an incomplete global batch out, `"keep"` deals it unevenly.
         num_workers: processes that load batches ahead.
+        shards: `"shuffled"`: every rank may get any training image; `"sorted"`: each rank has its own classes.
 
     Raises:
         ConfigError: the folders do not have the expected layout, or an argument is out of range or unknown. A file that
@@ -51,6 +52,7 @@ class ImageFolderData(AbstractClassificationData):
         augmentation: str = "flip_crop",
         last_batch: str = "drop",
         num_workers: int = 0,
+        shards: str = "shuffled",
     ) -> None:
         super().__init__(
             device_batch=device_batch,
@@ -58,6 +60,7 @@ class ImageFolderData(AbstractClassificationData):
             augmentation=augmentation,
             last_batch=last_batch,
             num_workers=num_workers,
+            shards=shards,
         )
         self.root = Path(root)
         self.image_size = _checked_size(image_size)

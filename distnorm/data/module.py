@@ -1,14 +1,15 @@
 """What classification data modules share: settings checked, ranks known, loaders built, the data described."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
-from distnorm.data.augmentation import Transform
+from distnorm.data.augmentation import Domain, Transform, in_domain
 from distnorm.data.datasets import AbstractSamples, Batch, ClassificationDataset, as_is
 from distnorm.data.sampler import (
     EvaluationBatchSampler,
@@ -16,11 +17,14 @@ from distnorm.data.sampler import (
     Pair,
     check_device_batch,
     check_last_batch,
+    check_shards,
 )
 from distnorm.data.stream import check_seed
 from distnorm.errors import ConfigError, did_you_mean
 
 SPLITS = ("train", "val", "test")
+EVALUATION_SEED = 2**32 - 1
+"""Seeds the augmentation of validation and test images, where there is any: the same images in every run."""
 
 
 class AbstractClassificationData(LightningDataModule, ABC):
@@ -37,9 +41,14 @@ class AbstractClassificationData(LightningDataModule, ABC):
         augmentation: name of the training transform, one of `augmentations`.
         last_batch: `"drop"` leaves an incomplete global batch out, `"keep"` deals it unevenly.
         num_workers: processes that load batches ahead, a loader; 0 loads in the training process.
+        evaluation_augmentation: name of the transform of validation and test images; what is random in it depends on
+            the sample alone, so that every run and every number of ranks sees the same images.
+        shards: `"shuffled"`: every rank may get any training sample; `"sorted"`: each rank has its own classes.
+        domain: name of what every image goes through at last, one of `domains`; `"source"` changes nothing.
 
     Attributes:
-        augmentations: the training transforms by name; `"none"` is what evaluation uses.
+        augmentations: the transforms by name; `"none"` has nothing random in it.
+        domains: what another camera would do to the pixels, by name, besides `"source"`.
         num_classes: number of classes.
         input_shape: channels, height and width of one input.
         notes: what `describe` adds about this data.
@@ -49,6 +58,7 @@ class AbstractClassificationData(LightningDataModule, ABC):
     """
 
     augmentations: ClassVar[Mapping[str, Transform]]
+    domains: ClassVar[Mapping[str, Domain]] = {}
     num_classes: int
     input_shape: tuple[int, int, int]
     notes: tuple[str, ...] = ()
@@ -61,15 +71,22 @@ class AbstractClassificationData(LightningDataModule, ABC):
         seed: int = 0,
         last_batch: str = "drop",
         num_workers: int = 0,
+        evaluation_augmentation: str = "none",
+        shards: str = "shuffled",
+        domain: str = "source",
     ) -> None:
         super().__init__()
         check_device_batch(device_batch)
         check_last_batch(last_batch)
+        check_shards(shards)
         check_seed(seed)
         _check_num_workers(num_workers)
-        _check_augmentation(augmentation, self.augmentations)
+        check_name("augmentation", augmentation, self.augmentations)
+        check_name("evaluation_augmentation", evaluation_augmentation, self.augmentations)
+        check_name("domain", domain, ("source", *self.domains))
         self.device_batch, self.seed, self.augmentation = device_batch, seed, augmentation
-        self.last_batch, self.num_workers = last_batch, num_workers
+        self.last_batch, self.num_workers, self.shards = last_batch, num_workers, shards
+        self.evaluation_augmentation, self.domain = evaluation_augmentation, domain
 
     @abstractmethod
     def samples(self, split: str) -> AbstractSamples:
@@ -104,14 +121,14 @@ class AbstractClassificationData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Build this rank's loader of augmented training batches: [n, C, H, W] float32 and [n] int64; n may be 0."""
-        return self._loader("train", self.augmentations[self.augmentation], self._train_sampler())
+        return self._loader("train", self.augmentation, self.seed, self._train_sampler())
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Build this rank's loader of untouched validation batches; shapes as in `train_dataloader`."""
+        """Build this rank's loader of validation batches; shapes as in `train_dataloader`."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Build this rank's loader of untouched test batches; shapes as in `train_dataloader`."""
+        """Build this rank's loader of test batches; shapes as in `train_dataloader`."""
         return self._evaluation_loader("test")
 
     def describe(self, world_size: int | None = None) -> str:
@@ -140,6 +157,7 @@ class AbstractClassificationData(LightningDataModule, ABC):
             world_size=world_size,
             seed=self.seed,
             last_batch=self.last_batch,
+            classes=self.samples("train").targets.tolist() if self.shards == "sorted" else None,
         )
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
@@ -147,11 +165,14 @@ class AbstractClassificationData(LightningDataModule, ABC):
         sampler = EvaluationBatchSampler(
             num_samples=self.num_samples(split), device_batch=self.device_batch, rank=rank, world_size=world_size
         )
-        return self._loader(split, self.augmentations["none"], sampler)
+        return self._loader(split, self.evaluation_augmentation, EVALUATION_SEED, sampler)
 
-    def _loader(self, split: str, transform: Transform, sampler: Sampler[list[Pair]]) -> DataLoader[Batch]:
+    def _loader(self, split: str, augmentation: str, seed: int, sampler: Sampler[list[Pair]]) -> DataLoader[Batch]:
+        transform = self.augmentations[augmentation]
+        if self.domain != "source":
+            transform = partial(in_domain, first=transform, then=self.domains[self.domain])
         return _LateLoader(
-            ClassificationDataset(self.samples(split), transform, self.seed),
+            ClassificationDataset(self.samples(split), transform, seed),
             batch_sampler=sampler,
             collate_fn=as_is,
             num_workers=self.num_workers,
@@ -194,9 +215,14 @@ def _check_num_workers(num_workers: int) -> None:
         )
 
 
-def _check_augmentation(augmentation: str, known: Mapping[str, Transform]) -> None:
-    if augmentation not in known:
+def check_name(key: str, name: str, known: Collection[str]) -> None:
+    """Refuse a name that the data module does not know.
+
+    Raises:
+        ConfigError: `name` is not one of `known`.
+    """
+    if name not in known:
         raise ConfigError(
-            f"data.augmentation='{augmentation}' is not one of {', '.join(known)}.{did_you_mean(augmentation, known)} "
-            f"Use data.augmentation={next(iter(known))}."
+            f"data.{key}='{name}' is not one of {', '.join(known)}.{did_you_mean(name, known)} "
+            f"Use data.{key}={next(iter(known))}."
         )

@@ -14,6 +14,7 @@ from distnorm.errors import ConfigError, did_you_mean
 Pair = tuple[int, int]
 
 LAST_BATCH = ("drop", "keep")
+SHARDS = ("shuffled", "sorted")
 
 
 class GlobalBatchSampler(Sampler[list[Pair]]):
@@ -22,6 +23,9 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
     With G = device_batch · world_size, global batch i is `order[i·G : (i+1)·G]`, where `order` is a permutation that
     depends on (seed, epoch) alone; rank r takes the r-th contiguous chunk of it. Two worlds with the same G therefore
     train on the same global batches.
+
+    With `classes` the shards are sorted: rank r takes its samples from the r-th part of the data set in the order of
+    the classes, whose sizes differ by at most one, and from no other. The global batches then depend on the world.
 
     Args:
         num_samples: samples in the data set.
@@ -33,6 +37,7 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         last_batch: what becomes of the samples that do not fill a global batch. `"drop"`: they are left out (others
             each epoch, by the shuffle). `"keep"`: they make one more, smaller batch, dealt as evenly as possible; with
             fewer samples than ranks the last ranks get an empty list.
+        classes: the class of each sample, for sorted shards; `None`: every rank may get any sample.
 
     Raises:
         ConfigError: an argument is out of range, or there is not even one batch.
@@ -57,6 +62,7 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         seed: int,
         shuffle: bool = True,
         last_batch: str = "drop",
+        classes: Sequence[int] | None = None,
     ) -> None:
         check_device_batch(device_batch)
         check_last_batch(last_batch)
@@ -65,6 +71,7 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         self.num_samples, self.device_batch = num_samples, device_batch
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.last_batch = seed, shuffle, last_batch
+        self.classes = classes
         self.epoch = 0
         self._check_one_batch()
 
@@ -112,16 +119,27 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
 
     def __iter__(self) -> Iterator[list[Pair]]:
         epoch, order = self.epoch, self._order()
+        shard = None if self.classes is None else self._shard(order, self.classes)
         for step in range(len(self)):
             share = chunk(self.global_count(step), self.rank, self.world_size)
-            start = step * self.global_batch
-            yield [(epoch, order[start + position]) for position in share]
+            if shard is None:
+                start = step * self.global_batch
+                yield [(epoch, order[start + position]) for position in share]
+            else:
+                start = step * self.device_batch
+                yield [(epoch, index) for index in shard[start : start + len(share)]]
 
     def _order(self) -> Sequence[int]:
         if not self.shuffle:
             return range(self.num_samples)
         order: list[int] = stream(self.seed, self.epoch).permutation(self.num_samples).tolist()
         return order
+
+    def _shard(self, order: Sequence[int], classes: Sequence[int]) -> list[int]:
+        """Find this rank's part of the data set in the order of the classes; it keeps the epoch's order."""
+        by_class = sorted(range(self.num_samples), key=lambda index: classes[index])
+        own = {by_class[position] for position in chunk(self.num_samples, self.rank, self.world_size)}
+        return [index for index in order if index in own]
 
     def _check_one_batch(self) -> None:
         if self.num_samples < 1:
@@ -209,6 +227,19 @@ def check_last_batch(last_batch: str) -> None:
         raise ConfigError(
             f"data.last_batch='{last_batch}' is not one of {', '.join(LAST_BATCH)}."
             f"{did_you_mean(last_batch, LAST_BATCH)} Use drop (leave an incomplete global batch out) or keep."
+        )
+
+
+def check_shards(shards: str) -> None:
+    """Refuse an unknown way to part the data set among the ranks.
+
+    Raises:
+        ConfigError: `shards` is neither `"shuffled"` nor `"sorted"`.
+    """
+    if shards not in SHARDS:
+        raise ConfigError(
+            f"data.shards='{shards}' is not one of {', '.join(SHARDS)}.{did_you_mean(shards, SHARDS)} "
+            "Use shuffled (every rank may get any sample) or sorted (each rank has its own classes)."
         )
 
 

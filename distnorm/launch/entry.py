@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ def main(train: Train, config: Path) -> None:
 
 def _compose_and_start(train: Train, config: Path) -> None:
     """Let Hydra compose. A single run starts after it has returned, each job of a sweep (`-m`) inside it."""
-    single: list[DictConfig] = []
+    single: list[tuple[DictConfig, list[str]]] = []
     failures: list[DistNormError] = []
 
     def job(composed: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         if hydra_config.mode != RunMode.MULTIRUN:
-            single.append(composed)
+            single.append((composed, list(hydra_config.overrides.task)))
             return
         name = " ".join(hydra_config.overrides.task)
         print(f"--- {name}", flush=True)
@@ -64,14 +64,38 @@ def _compose_and_start(train: Train, config: Path) -> None:
         if isinstance(error, ValueError) and overrides.NO_CHOICE not in str(error):
             raise
         raise ConfigError(overrides.in_words(error, config.parent)) from None
-    for composed in single:
-        _start(train, settings.check(composed), sweeping=False)
+    for composed, changes in single:
+        checked = settings.check(composed)
+        if checked.study is None:
+            _start(train, checked, sweeping=False)
+        else:
+            _conduct(train, checked, config, changes)
     if failures:
         raise type(failures[0])(f"{len(failures)} of the jobs failed; the reasons stand above.")
 
 
+def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
+    """Conduct a study: runs of this experiment with changes of each row's own, in processes of their own."""
+    from distnorm.launch.compose import composed  # noqa: PLC0415
+    from distnorm.study.conduct import conduct  # noqa: PLC0415 — what a single run does not need
+
+    found = ranks.find(checked.trainer)
+    if found.started_by in ("torchrun", "slurm"):
+        raise ConfigError(
+            f"A study starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
+            "Start it with: python train.py experiment=…"
+        )
+
+    def compose(of_row: Sequence[str]) -> Settings:
+        return composed(config, [*changes, *of_row, "study=null"])
+
+    conduct(train, checked, compose, [sys.argv[0], *changes])
+
+
 def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
     """Check all that can be checked without ranks, then run here or start them."""
+    if checked.study is not None:
+        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
     found = ranks.find(checked.trainer)
     if sweeping and found.started_by in ("torchrun", "slurm"):
         raise ConfigError(

@@ -76,15 +76,20 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
 
 def become_rank(run: RunFolder, rank: int) -> None:
     """Prepare this process to be a rank: end with the launcher, and leave the console to rank 0."""
-    launcher = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if launcher == 1 or os.getppid() != launcher:  # it died before it could be watched
-        raise SystemExit(1)
+    end_with_parent()
     if rank:
         descriptor = os.open(run.log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, sys.stdout.fileno())
         os.dup2(descriptor, sys.stderr.fileno())
+
+
+def end_with_parent() -> None:
+    """Make this process end when the one that started it does, however that ends."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if parent == 1 or os.getppid() != parent:  # it died before it could be watched
+        raise SystemExit(1)
 
 
 def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
