@@ -59,7 +59,7 @@ def convert(
         >>> model = nn.Sequential(nn.Conv1d(3, 8, 3, bias=False), nn.BatchNorm1d(8), nn.ReLU())
         >>> conversion = convert(model, decide(device_batch=2, world_size=8))
         >>> model[1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, sync_ranks=8)
+        SyncBatchNorm(8, eps=1e-05, momentum=0.0315, affine=True, bias=True, track_running_stats=True, sync_ranks=8)
         >>> conversion.revert()[1]
         BatchNorm1d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
