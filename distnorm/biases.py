@@ -28,6 +28,14 @@ class RemovedBias:
             mean.sub_(self._bias.detach().to(mean))
             self._mean_after = mean.clone()
 
+    def changed_since(self) -> str:
+        """Say so if the layer has a bias again, or the norm no statistics: `fold` merges them."""
+        if self.module._parameters.get("bias") is not None:  # noqa: SLF001
+            return "has a bias again, and convert() had removed it"
+        if self._mean_after is not None and self._norm._buffers.get("running_mean") is None:  # noqa: SLF001
+            return f"has lost the norm after it, that is a {type(self._norm).__name__} without statistics now"
+        return ""
+
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Put the bias back, and the running mean to where it is with it."""
         bias = follow(self._bias)

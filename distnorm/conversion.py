@@ -40,6 +40,9 @@ class Undoable(Protocol):
 
     module: nn.Module
 
+    def changed_since(self) -> str:
+        """Say what the module is by now, if it is not what was made of it; else nothing."""
+
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Undo it; `follow` brings a tensor that was away to where the model is now."""
 
@@ -48,7 +51,7 @@ class Snapshot:
     """What a module was: its class, attributes, parameters and buffers; their values live on in the model."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.cls = module, type(module)
+        self.module, self.cls, self.made = module, type(module), type(module)
         self.attributes = {k: v for k, v in module.__dict__.items() if _is_attribute(k)}
         self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)  # noqa: SLF001
         self.not_saved = frozenset(module._non_persistent_buffers_set)  # noqa: SLF001
@@ -58,6 +61,7 @@ class Snapshot:
 
     def finish(self) -> None:
         """Note what the change did, once it is done: what the user does later is not undone."""
+        self.made = type(self.module)
         held = {**self.module._parameters, **self.module._buffers}  # noqa: SLF001
         before = {**self.parameters, **self.buffers}
         self.created = frozenset(k for k, t in held.items() if t is not None and before.get(k) is not t)
@@ -73,6 +77,11 @@ class Snapshot:
         """Name the entries of the `state_dict` that the module did not have."""
         before = {**self.parameters, **self.buffers}
         return {name for name in self.created if before.get(name) is None}
+
+    def changed_since(self) -> str:
+        """Say which class the module has, if not the one that the change gave it."""
+        now, made = type(self.module), self.made
+        return "" if now is made else f"is a {_qualified(now)} now, and convert() left a {_qualified(made)}"
 
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Undo the change; what the user did to hooks, mode, parameters and living buffers meanwhile stays done.
@@ -179,9 +188,17 @@ class Conversion:
     def revert(self) -> nn.Module:
         """Give every layer its class, settings and buffers back; weights and running statistics keep what they learned.
 
+        What was away comes back in the dtype and on the device that its neighbours have by now. Where the model has no
+        tensor left to tell (only norms, `kind="none"`, then `model.half()`) it comes back as it was.
+
         Returns:
             The model. A second call changes nothing.
+
+        Raises:
+            ConfigError: a layer is not any more what `convert` made it: a later conversion, or `fold`, changed it.
+                Nothing is undone then.
         """
+        self._check_untouched()
         self._made = []
         while self._undo:
             undoable = self._undo.pop()
@@ -196,12 +213,22 @@ class Conversion:
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, made in self._made:
-            now = modules.get("" if name == "(the model)" else name)
-            if type(now) is not type(made):
-                cls = f"{type(now).__module__.partition('.')[0]}.{type(now).__name__}"
+            now = type(modules.get("" if name == "(the model)" else name))
+            if now is not type(made):
                 raise ConfigError(
-                    f"convert() made {name} a distnorm.{type(made).__name__}, and now it is a {cls}.\n"
+                    f"convert() made {name} a distnorm.{type(made).__name__}, and now it is a {_qualified(now)}.\n"
                     "Leave out Trainer(sync_batchnorm=True), and do not call convert_sync_batchnorm after convert().",
+                )
+
+    def _check_untouched(self) -> None:
+        for undoable in self._undo:
+            found = undoable.changed_since()
+            if found:
+                name = next((name for name, m in self.model.named_modules() if m is undoable.module), "")
+                raise ConfigError(
+                    f"revert() cannot undo the conversion: layer {name or '(the model)'!r} {found}.\n"
+                    "Revert the later conversion first; after fold() there is no way back: "
+                    "build the model anew and load its weights."
                 )
 
     def __str__(self) -> str:
@@ -228,6 +255,10 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def _is_attribute(key: str) -> bool:

@@ -74,13 +74,13 @@ def _check_layer(layer: object) -> nn.Module:
     if isinstance(layer, type) or not isinstance(layer, nn.Module) or source_of(layer) is None:
         raise ConfigError(
             f"identity_init() got {'the class ' if isinstance(layer, type) else ''}{name}, that is no batch norm: only "
-            "statistics that all samples share can be undone by a weight and a bias.\\n"
+            "statistics that all samples share can be undone by a weight and a bias.\n"
             "Give it one layer, e.g. nn.BatchNorm2d(64) or model.bn1."
         )
     missing = [which for which in ("weight", "bias") if getattr(layer, which, None) is None]
     if missing:
         raise ConfigError(
-            f"identity_init() got a {name} without {' and '.join(missing)}, that could undo the normalization.\\n"
+            f"identity_init() got a {name} without {' and '.join(missing)}, that could undo the normalization.\n"
             "Build it with affine=True and a bias."
         )
     return layer
@@ -91,7 +91,7 @@ def _misfit(channels: int, batch: object) -> str:
         return f"identity_init() got a batch of {type(batch).__name__}. Give it a tensor [N, {channels}, *]."
     if batch.dim() < 2 or batch.shape[1] != channels:
         return (
-            f"identity_init() got a batch of shape {tuple(batch.shape)} for a layer of {channels} channels.\\n"
+            f"identity_init() got a batch of shape {tuple(batch.shape)} for a layer of {channels} channels.\n"
             f"Give it what the layer sees: [N, {channels}, *]."
         )
     if not batch.is_floating_point():

@@ -115,4 +115,5 @@ def test_refusals_name_value_and_remedy(layer, batch, error, value, remedy):
         identity_init(layer, batch)
     assert value in str(caught.value)
     assert remedy in str(caught.value)
+    assert "\\" not in str(caught.value)
     assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())
