@@ -57,6 +57,14 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
         raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
 
 
+def saw_no_batch(norm: nn.Module) -> bool:
+    """Tell whether running statistics are as they were built, 0 and 1, and have counted no batch."""
+    mean, var, batches = (getattr(norm, name, None) for name in _BUFFERS)
+    if mean is None or var is None or batches is None or mean.is_meta:
+        return False
+    return not batches.any() and not mean.any() and bool((var == 1).all())
+
+
 def to_standardized(conv: nn.Module, _: NormSpec) -> str:
     """Make a convolution one that standardizes its weights."""
     become(conv, STANDARDIZED[type(conv)])

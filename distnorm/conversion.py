@@ -78,6 +78,10 @@ class Snapshot:
         before = {**self.parameters, **self.buffers}
         return {name for name in self.created if before.get(name) is None}
 
+    def new_parameters(self) -> set[str]:
+        """Name the parameters that no optimizer has seen."""
+        return {name for name in self.created if self.module._parameters.get(name) is not None}  # noqa: SLF001
+
     def changed_since(self) -> str:
         """Say which class the module has, if not the one that the change gave it."""
         now, made = type(self.module), self.made
@@ -158,6 +162,8 @@ class Conversion:
         left: the batch norms that stayed as they are, and why.
         lost_keys: `state_dict` keys that the model had before and has no more.
         new_keys: `state_dict` keys that it has now and had not.
+        new_parameters: parameters that are new objects: constants that were buffers and learn now. An optimizer built
+            before `convert` does not have them.
         redundant_biases: parameters right before a norm with batch statistics, that takes them out again.
         removed_biases: those of them that were taken away.
     """
@@ -180,6 +186,7 @@ class Conversion:
             lost[bias.module] = lost.get(bias.module, set()) | {"bias"}
         self.lost_keys = tuple(_keys(model, lost))
         self.new_keys = tuple(_keys(model, {s.module: s.gained() for s in snapshots}))
+        self.new_parameters = tuple(_keys(model, {s.module: s.new_parameters() for s in snapshots}))
         self.redundant_biases, self.removed_biases = redundant_biases, tuple(removed)
         self._undo: list[Undoable] = [*snapshots, *removed.values()]
         self._anchors = anchors
@@ -232,22 +239,25 @@ class Conversion:
                 )
 
     def __str__(self) -> str:
-        """Draw the table: layer, channels, was, is, normalization batch, why; then the biases that do nothing."""
+        """Draw the table: layer, channels, was, is, normalization batch, why; then new and idle parameters."""
         rows = [(r.name, str(r.channels), r.was, r.now, str(r.normalization_batch), r.why) for r in self.layers]
         rows += [(r.name, str(r.channels), r.was, r.was, "", f"left: {r.why}") for r in self.left]
         places = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
         rows.sort(key=lambda row: places.get(row[0], 0))
         table = aligned([("layer", "channels", "was", "is", "normalization batch", "why"), *rows])
-        return f"{table}\n{self._biases_in_words()}" if self.redundant_biases else table
+        return "\n".join([table, *self._notes()])
 
-    def _biases_in_words(self) -> str:
+    def _notes(self) -> list[str]:
         stay = [name for name in self.redundant_biases if name not in self.removed_biases]
         lines = (
             [f"without effect, since a norm follows (remove_redundant_biases=True): {', '.join(stay)}"] if stay else []
         )
         if self.removed_biases:
             lines.append(f"removed, since a norm follows: {', '.join(self.removed_biases)}")
-        return "\n".join(lines)
+        if self.new_parameters:
+            new = ", ".join(self.new_parameters)
+            lines.append(f"new parameters, that an optimizer built before does not have: {new}")
+        return lines
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

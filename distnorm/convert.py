@@ -1,12 +1,14 @@
 """Turn a model's batch norms into what a `NormSpec` says, in place, and back.
 
 In place means: the same module objects, another class. So lists, hooks, aliases, parameter objects, `training`,
-`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid. Everything is
-checked before anything changes.
+`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid; it lacks only
+the constants that learn now (`Conversion.new_parameters`), which were buffers. Everything is checked before anything
+changes.
 """
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Container, Iterator
 
 from torch import nn
@@ -21,6 +23,7 @@ from distnorm.changes import (
     channels_of,
     check_change,
     dimension_of,
+    saw_no_batch,
     suited,
     to_standardized,
 )
@@ -75,6 +78,7 @@ def convert(
     _check_spec(spec)
     plan = _Plan.of(model, spec, include, exclude)
     _check_world(spec, plan.specs)
+    plan.warn_of_empty_constants()
     return plan.carry_out(lambda _: remove_redundant_biases)
 
 
@@ -100,6 +104,7 @@ def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
+_log = logging.getLogger(__name__)
 _Change = Callable[[nn.Module, NormSpec], str]
 
 
@@ -136,6 +141,18 @@ class _Plan:
             specs[name] = dataclasses.replace(spec, layers=override).of(name, before.dimension(norm))
             check_change(name, norm, specs[name])
         return cls(model, spec, norms, specs, tuple(left), before)
+
+    def warn_of_empty_constants(self) -> None:
+        """Say once how many norms become constants that no batch has ever reached."""
+        frozen = [self.norms[name] for name, own in self.specs.items() if own.kind == "frozen"]
+        empty = sum(map(saw_no_batch, frozen))
+        if empty:
+            _log.warning(
+                "norm=frozen: %d of %d layers have seen no batch: constants 0 and 1, as if there were no norms. "
+                "Load the weights first.",
+                empty,
+                len(frozen),
+            )
 
     def carry_out(self, removes: Callable[[str], bool]) -> Conversion:
         """Change the model; if anything goes wrong, put back what was changed."""
