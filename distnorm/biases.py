@@ -5,13 +5,13 @@ takes its output, and takes nothing else. The order in which a model registers i
 branch off between the two. A model that cannot be traced is looked at child by child.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from distnorm.changes import channels_of
-from distnorm.flow import PRODUCERS, Flow, certain_pairs, is_hooked, tied_parameters, traced
+from distnorm.flow import PRODUCERS, certain_pairs, is_hooked, tied_parameters, traced_parts
 
 
 class RemovedBias:
@@ -27,6 +27,14 @@ class RemovedBias:
             self._mean_before = mean.clone()
             mean.sub_(self._bias.detach().to(mean))
             self._mean_after = mean.clone()
+
+    def changed_since(self) -> str:
+        """Say so if the layer has a bias again, or the norm no statistics: `fold` merges them."""
+        if self.module._parameters.get("bias") is not None:  # noqa: SLF001
+            return "has a bias again, and convert() had removed it"
+        if self._mean_after is not None and self._norm._buffers.get("running_mean") is None:  # noqa: SLF001
+            return f"has lost the norm after it, that is a {type(self._norm).__name__} without statistics now"
+        return ""
 
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Put the bias back, and the running mean to where it is with it."""
@@ -53,7 +61,8 @@ def redundant_biases(model: nn.Module, norms: set[nn.Module]) -> list[tuple[nn.M
         return []
     return [
         (layer, norm)
-        for layer, norm in _pairs(model)
+        for _, flows in traced_parts(model)
+        for layer, norm in certain_pairs(flows)
         if layer in candidates and norm in norms and _is_plain(layer, norm)
     ]
 
@@ -62,26 +71,3 @@ def _is_plain(layer: nn.Module, norm: nn.Module) -> bool:
     """Tell whether all that comes between two layers is the norm's own batch statistics."""
     hooked, agrees = is_hooked(layer) or is_hooked(norm), channels_of(layer) == channels_of(norm)
     return agrees and not hooked and norm.training == layer.training
-
-
-def _pairs(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    flows: list[Flow] | None = []
-    for training in (True, False):
-        found = _traced_in(model, training)
-        flows = None if flows is None or found is None else flows + found
-    if flows is not None:
-        yield from certain_pairs(flows)
-    else:
-        for child in model.children():
-            yield from _pairs(child)
-
-
-def _traced_in(model: nn.Module, training: bool) -> list[Flow] | None:
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = training
-        return traced(model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -1,5 +1,6 @@
 """How a batch norm becomes each kind of layer that a `NormSpec` can name, in place."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,9 @@ from distnorm.spec import NormSpec, group_count
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("momentum", "track_running_stats")
 _DIMENSIONS = {"BatchNorm1d": "1d", "BatchNorm2d": "2d", "BatchNorm3d": "3d"}
+
+OF_POSITIONS = frozenset({"group", "group_ws", "instance", "response"})
+"""Kinds that need more than one value a channel."""
 
 register_norm(FrozenBatchNorm, frozen=True)
 
@@ -51,6 +55,14 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
         )
     if spec.groups < 1:
         raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
+
+
+def saw_no_batch(norm: nn.Module) -> bool:
+    """Tell whether running statistics are as they were built, 0 and 1, and have counted no batch."""
+    mean, var, batches = (getattr(norm, name, None) for name in _BUFFERS)
+    if mean is None or var is None or batches is None or mean.is_meta:
+        return False
+    return not batches.any() and not mean.any() and bool((var == 1).all())
 
 
 def to_standardized(conv: nn.Module, _: NormSpec) -> str:
@@ -118,7 +130,7 @@ def _to_none(norm: nn.Module, spec: NormSpec) -> str:
     return spec.in_words()
 
 
-CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
+_CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
     "batch": _to_batch,
     "sync": _to_sync,
     "ghost": _to_ghost,
@@ -131,6 +143,33 @@ CHANGES: dict[str, Callable[[nn.Module, NormSpec], str]] = {
     "response": _to_response,
     "none": _to_none,
 }
+
+
+def suited(spec: NormSpec, dimension: str) -> NormSpec:
+    """Give the decision that a layer of this dimension can follow.
+
+    A vector has one value a channel: in groups of few values little is left of them (of 2 values their order; of one,
+    0; of filter response normalization, their signs). All channels are one group then.
+    """
+    if dimension == "vector" and spec.kind in OF_POSITIONS:
+        return dataclasses.replace(spec, kind="layer")
+    return spec
+
+
+def change(norm: nn.Module, spec: NormSpec, dimension: str) -> str:
+    """Make a batch norm what a decision says, in place.
+
+    Args:
+        norm: changes its class.
+        spec: what holds for it.
+        dimension: what it is fed, as `NormSpec.of` takes it.
+
+    Returns:
+        Why it is what it is now, in words.
+    """
+    own = suited(spec, dimension)
+    why = _CHANGES[own.kind](norm, own)
+    return why if own is spec else f"{why}: fed vectors, of which {spec.kind!r} would leave too little"
 
 
 def to_identity(norm: nn.Module) -> None:

@@ -40,6 +40,9 @@ class Undoable(Protocol):
 
     module: nn.Module
 
+    def changed_since(self) -> str:
+        """Say what the module is by now, if it is not what was made of it; else nothing."""
+
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Undo it; `follow` brings a tensor that was away to where the model is now."""
 
@@ -48,7 +51,7 @@ class Snapshot:
     """What a module was: its class, attributes, parameters and buffers; their values live on in the model."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module, self.cls = module, type(module)
+        self.module, self.cls, self.made = module, type(module), type(module)
         self.attributes = {k: v for k, v in module.__dict__.items() if _is_attribute(k)}
         self.parameters, self.buffers = dict(module._parameters), dict(module._buffers)  # noqa: SLF001
         self.not_saved = frozenset(module._non_persistent_buffers_set)  # noqa: SLF001
@@ -58,6 +61,7 @@ class Snapshot:
 
     def finish(self) -> None:
         """Note what the change did, once it is done: what the user does later is not undone."""
+        self.made = type(self.module)
         held = {**self.module._parameters, **self.module._buffers}  # noqa: SLF001
         before = {**self.parameters, **self.buffers}
         self.created = frozenset(k for k, t in held.items() if t is not None and before.get(k) is not t)
@@ -73,6 +77,15 @@ class Snapshot:
         """Name the entries of the `state_dict` that the module did not have."""
         before = {**self.parameters, **self.buffers}
         return {name for name in self.created if before.get(name) is None}
+
+    def new_parameters(self) -> set[str]:
+        """Name the parameters that no optimizer has seen."""
+        return {name for name in self.created if self.module._parameters.get(name) is not None}  # noqa: SLF001
+
+    def changed_since(self) -> str:
+        """Say which class the module has, if not the one that the change gave it."""
+        now, made = type(self.module), self.made
+        return "" if now is made else f"is a {_qualified(now)} now, and convert() left a {_qualified(made)}"
 
     def restore(self, follow: Callable[[Tensor], Tensor]) -> None:
         """Undo the change; what the user did to hooks, mode, parameters and living buffers meanwhile stays done.
@@ -149,6 +162,8 @@ class Conversion:
         left: the batch norms that stayed as they are, and why.
         lost_keys: `state_dict` keys that the model had before and has no more.
         new_keys: `state_dict` keys that it has now and had not.
+        new_parameters: parameters that are new objects: constants that were buffers and learn now. An optimizer built
+            before `convert` does not have them.
         redundant_biases: parameters right before a norm with batch statistics, that takes them out again.
         removed_biases: those of them that were taken away.
     """
@@ -171,6 +186,7 @@ class Conversion:
             lost[bias.module] = lost.get(bias.module, set()) | {"bias"}
         self.lost_keys = tuple(_keys(model, lost))
         self.new_keys = tuple(_keys(model, {s.module: s.gained() for s in snapshots}))
+        self.new_parameters = tuple(_keys(model, {s.module: s.new_parameters() for s in snapshots}))
         self.redundant_biases, self.removed_biases = redundant_biases, tuple(removed)
         self._undo: list[Undoable] = [*snapshots, *removed.values()]
         self._anchors = anchors
@@ -179,9 +195,17 @@ class Conversion:
     def revert(self) -> nn.Module:
         """Give every layer its class, settings and buffers back; weights and running statistics keep what they learned.
 
+        What was away comes back in the dtype and on the device that its neighbours have by now. Where the model has no
+        tensor left to tell (only norms, `kind="none"`, then `model.half()`) it comes back as it was.
+
         Returns:
             The model. A second call changes nothing.
+
+        Raises:
+            ConfigError: a layer is not any more what `convert` made it: a later conversion, or `fold`, changed it.
+                Nothing is undone then.
         """
+        self._check_untouched()
         self._made = []
         while self._undo:
             undoable = self._undo.pop()
@@ -196,31 +220,44 @@ class Conversion:
         """
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for name, made in self._made:
-            now = modules.get("" if name == "(the model)" else name)
-            if type(now) is not type(made):
-                cls = f"{type(now).__module__.partition('.')[0]}.{type(now).__name__}"
+            now = type(modules.get("" if name == "(the model)" else name))
+            if now is not type(made):
                 raise ConfigError(
-                    f"convert() made {name} a distnorm.{type(made).__name__}, and now it is a {cls}.\n"
+                    f"convert() made {name} a distnorm.{type(made).__name__}, and now it is a {_qualified(now)}.\n"
                     "Leave out Trainer(sync_batchnorm=True), and do not call convert_sync_batchnorm after convert().",
                 )
 
+    def _check_untouched(self) -> None:
+        for undoable in self._undo:
+            found = undoable.changed_since()
+            if found:
+                name = next((name for name, m in self.model.named_modules() if m is undoable.module), "")
+                raise ConfigError(
+                    f"revert() cannot undo the conversion: layer {name or '(the model)'!r} {found}.\n"
+                    "Revert the later conversion first; after fold() there is no way back: "
+                    "build the model anew and load its weights."
+                )
+
     def __str__(self) -> str:
-        """Draw the table: layer, channels, was, is, normalization batch, why; then the biases that do nothing."""
+        """Draw the table: layer, channels, was, is, normalization batch, why; then new and idle parameters."""
         rows = [(r.name, str(r.channels), r.was, r.now, str(r.normalization_batch), r.why) for r in self.layers]
         rows += [(r.name, str(r.channels), r.was, r.was, "", f"left: {r.why}") for r in self.left]
         places = {name: place for place, (name, _) in enumerate(self.model.named_modules())}
         rows.sort(key=lambda row: places.get(row[0], 0))
         table = aligned([("layer", "channels", "was", "is", "normalization batch", "why"), *rows])
-        return f"{table}\n{self._biases_in_words()}" if self.redundant_biases else table
+        return "\n".join([table, *self._notes()])
 
-    def _biases_in_words(self) -> str:
+    def _notes(self) -> list[str]:
         stay = [name for name in self.redundant_biases if name not in self.removed_biases]
         lines = (
             [f"without effect, since a norm follows (remove_redundant_biases=True): {', '.join(stay)}"] if stay else []
         )
         if self.removed_biases:
             lines.append(f"removed, since a norm follows: {', '.join(self.removed_biases)}")
-        return "\n".join(lines)
+        if self.new_parameters:
+            new = ", ".join(self.new_parameters)
+            lines.append(f"new parameters, that an optimizer built before does not have: {new}")
+        return lines
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -228,6 +265,10 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__.partition('.')[0]}.{cls.__name__}"
 
 
 def _is_attribute(key: str) -> bool:

@@ -1,24 +1,35 @@
 """Turn a model's batch norms into what a `NormSpec` says, in place, and back.
 
 In place means: the same module objects, another class. So lists, hooks, aliases, parameter objects, `training`,
-`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid. Everything is
-checked before anything changes.
+`requires_grad`, dtype and device stay right by construction, and an optimizer built before stays valid; it lacks only
+the constants that learn now (`Conversion.new_parameters`), which were buffers. Everything is checked before anything
+changes.
 """
 
 import dataclasses
-import itertools
+import functools
+import logging
 from collections.abc import Callable, Container, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import collectives
+from distnorm.before import Before
 from distnorm.biases import RemovedBias, redundant_biases
-from distnorm.changes import CHANGES, channels_of, check_change, dimension_of, to_standardized
+from distnorm.changes import (
+    OF_POSITIONS,
+    change,
+    channels_of,
+    check_change,
+    dimension_of,
+    saw_no_batch,
+    suited,
+    to_standardized,
+)
 from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
 from distnorm.errors import ConfigError, divisors_in_words
 from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
-from distnorm.norms.weight import STANDARDIZED
 from distnorm.selection import Names, Selectors, check_override, override_of
 from distnorm.spec import BATCH_KINDS, NormSpec
 
@@ -67,6 +78,7 @@ def convert(
     _check_spec(spec)
     plan = _Plan.of(model, spec, include, exclude)
     _check_world(spec, plan.specs)
+    plan.warn_of_empty_constants()
     return plan.carry_out(lambda _: remove_redundant_biases)
 
 
@@ -92,6 +104,10 @@ def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
+_log = logging.getLogger(__name__)
+_Change = Callable[[nn.Module, NormSpec], str]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What is going to change: everything that can be wrong is found while it is made, and nothing changes."""
@@ -101,6 +117,7 @@ class _Plan:
     norms: dict[str, nn.Module]
     specs: dict[str, NormSpec]
     left: tuple[LeftLayer, ...]
+    before: Before
 
     @classmethod
     def of(cls, model: nn.Module, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> "_Plan":
@@ -113,7 +130,7 @@ class _Plan:
         names = Names.of(model, norms)
         spec = _with_selection(names, spec, include, exclude)
         _check_overrides(names, spec)
-        specs, left = {}, []
+        specs, left, before = {}, [], _look_before(model, list(norms.values()), spec)
         for name, norm in norms.items():
             override = override_of(names, name, spec.layers)
             why = _why_left(names, name, norm, spec, is_named=bool(override))
@@ -121,9 +138,21 @@ class _Plan:
                 left.append(LeftLayer(name, channels_of(norm), type(norm).__name__, why))
                 continue
             check_known(name, norm)
-            specs[name] = dataclasses.replace(spec, layers=override).of(name, dimension_of(norm))
+            specs[name] = dataclasses.replace(spec, layers=override).of(name, before.dimension(norm))
             check_change(name, norm, specs[name])
-        return cls(model, spec, norms, specs, tuple(left))
+        return cls(model, spec, norms, specs, tuple(left), before)
+
+    def warn_of_empty_constants(self) -> None:
+        """Say once how many norms become constants that no batch has ever reached."""
+        frozen = [self.norms[name] for name, own in self.specs.items() if own.kind == "frozen"]
+        empty = sum(map(saw_no_batch, frozen))
+        if empty:
+            _log.warning(
+                "norm=frozen: %d of %d layers have seen no batch: constants 0 and 1, as if there were no norms. "
+                "Load the weights first.",
+                empty,
+                len(frozen),
+            )
 
     def carry_out(self, removes: Callable[[str], bool]) -> Conversion:
         """Change the model; if anything goes wrong, put back what was changed."""
@@ -132,10 +161,10 @@ class _Plan:
         keys = {f"{names[layer]}.bias": (layer, norm) for layer, norm in biases}
         anchors, rows, snapshots = Anchors(self.model), [], []
         try:
-            for name, module, own, change in self._changes():
+            for name, module, own, make in self._changes():
                 was, channels = type(module).__name__, channels_of(module)
                 snapshots.append(Snapshot(module))
-                why = change(module, own)
+                why = make(module, own)
                 snapshots[-1].finish()
                 if hasattr(type(module), "layer_name"):
                     module.layer_name = name  # type: ignore[assignment]
@@ -166,14 +195,31 @@ class _Plan:
             elif source is not None and not source.frozen:
                 yield norm
 
-    def _changes(self) -> list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]]:
-        standardized = {name: self.norms[name] for name, own in self.specs.items() if own.kind == "group_ws"}
-        convolutions = _convolutions_before(self.model, standardized)
-        changes: list[tuple[str, nn.Module, NormSpec, Callable[[nn.Module, NormSpec], str]]]
-        changes = [(name, conv, self.spec, to_standardized) for name, conv in convolutions]
-        changes += [(name, self.norms[name], own, CHANGES[own.kind]) for name, own in self.specs.items()]
-        order = {id(module): place for place, module in enumerate(self.model.modules())}
-        return sorted(changes, key=lambda item: order[id(item[1])])
+    def _changes(self) -> list[tuple[str, nn.Module, NormSpec, _Change]]:
+        places = {module: (place, name) for place, (name, module) in enumerate(self.model.named_modules())}
+        changes: list[tuple[str, nn.Module, NormSpec, _Change]] = []
+        for name, own in self.specs.items():
+            norm, dimension = self.norms[name], self.before.dimension(self.norms[name])
+            convolution, missing = self.before.convolution(norm)
+            with_ws = suited(own, dimension).kind == "group_ws"
+            if with_ws and convolution is not None:
+                changes.append((places[convolution][1], convolution, self.spec, to_standardized))
+            note = f"; not standardized: {missing}" if with_ws and missing else ""
+            changes.append((name, norm, own, functools.partial(_change, dimension, note)))
+        return sorted(changes, key=lambda item: places[item[1]])
+
+
+def _look_before(model: nn.Module, norms: list[nn.Module], spec: NormSpec) -> Before:
+    """Look at what stands before the norms of whom something depends on it."""
+    kinds = {spec.kind, *(override.get("kind") for override in (*spec.layers.values(), *spec.per_kind.values()))}
+    if "group_ws" in kinds:
+        return Before.of(model, norms)
+    depends = spec.per_kind or kinds & OF_POSITIONS
+    return Before.of(model, [norm for norm in norms if depends and dimension_of(norm) not in {"2d", "3d"}])
+
+
+def _change(dimension: str, note: str, norm: nn.Module, spec: NormSpec) -> str:
+    return change(norm, spec, dimension) + note
 
 
 def _check_spec(spec: object) -> None:
@@ -224,11 +270,11 @@ def _with_selection(names: Names, spec: NormSpec, include: Selectors | None, exc
 
 
 def _check_overrides(names: Names, spec: NormSpec) -> None:
-    for dimension, change in spec.per_kind.items():
-        check_override(change, f"spec.per_kind[{dimension!r}]")
-    for glob, change in spec.layers.items():
+    for dimension, override in spec.per_kind.items():
+        check_override(override, f"spec.per_kind[{dimension!r}]")
+    for glob, override in spec.layers.items():
         names.check(glob, "spec.layers")
-        check_override(change, f"spec.layers[{glob!r}]")
+        check_override(override, f"spec.layers[{glob!r}]")
 
 
 def _why_left(names: Names, name: str, norm: nn.Module, spec: NormSpec, *, is_named: bool) -> str:
@@ -241,17 +287,3 @@ def _why_left(names: Names, name: str, norm: nn.Module, spec: NormSpec, *, is_na
     if source is not None and source.frozen and not is_named:
         return "constants, that no entry of layers names"
     return "a layer of distnorm's own" if source is None and type(norm).__module__.startswith("distnorm.") else ""
-
-
-def _convolutions_before(model: nn.Module, norms: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """Find the convolutions whose output a norm takes: registered right before one, with as many channels.
-
-    Only those may lose their weights' scale, for only there a norm takes it out again.
-    """
-    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    ids = {id(norm) for norm in norms.values()}
-    for (name, module), (_, after) in itertools.pairwise(leaves):
-        if type(module) not in STANDARDIZED or id(after) not in ids or channels_of(module) != channels_of(after):
-            continue
-        if module.weight.numel() > channels_of(module):  # a filter of one weight has no variance
-            yield name, module

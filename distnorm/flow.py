@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from distnorm.feeding import fed_by_graph
 from distnorm.norms.surgery import looks_like_batch_norm, source_of
 from distnorm.norms.weight import STANDARDIZED
 
@@ -39,12 +40,14 @@ class Flow:
         takers: of each layer, who took its output: another layer, or `None` for anything else.
         sources: of each layer, whose output it took as its only argument, or `None`.
         touched: layers whose parameters were used apart from them.
+        fed: of each layer, what it was given, each time: vectors, maps, or nobody knows. Of traces only.
     """
 
     calls: Counter[nn.Module] = dataclasses.field(default_factory=Counter)
     takers: dict[nn.Module, list[nn.Module | None]] = dataclasses.field(default_factory=dict)
     sources: dict[nn.Module, nn.Module | None] = dataclasses.field(default_factory=dict)
     touched: set[nn.Module] = dataclasses.field(default_factory=set)
+    fed: dict[nn.Module, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def traced(model: nn.Module) -> list[Flow] | None:
@@ -69,6 +72,36 @@ def traced(model: nn.Module) -> list[Flow] | None:
             for put_back in kept:
                 put_back()
     return flows
+
+
+def traced_parts(model: nn.Module) -> Iterator[tuple[nn.Module, list[Flow]]]:
+    """Trace a model in train and in eval mode; where that fails, its children, each as far as it can be traced.
+
+    Returns:
+        The parts that could be traced, and what was seen in each.
+    """
+    if _is_leaf(model):
+        return
+    flows: list[Flow] | None = []
+    for training in (True, False):
+        found = _traced_in(model, training)
+        flows = None if flows is None or found is None else flows + found
+    if flows is not None:
+        yield model, flows
+    else:
+        for child in model.children():
+            yield from traced_parts(child)
+
+
+def _traced_in(model: nn.Module, training: bool) -> list[Flow] | None:
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = training
+        return traced(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def watched(model: nn.Module, run: Callable[[], Any]) -> Flow:
@@ -167,6 +200,7 @@ def _flow_of(model: nn.Module, graph: fx.Graph) -> Flow:
             flow.takers.setdefault(layer, []).extend(takers)
             only = node.args[0] if len(node.args) == 1 and not node.kwargs else None
             flow.sources[layer] = layer_of.get(only) if isinstance(only, fx.Node) else None
+            flow.fed.setdefault(layer, []).append(fed_by_graph(node, layer_of))
         elif node.op == "get_attr":
             flow.touched.add(modules[str(node.target).rpartition(".")[0]])
     return flow

@@ -15,6 +15,8 @@ from distnorm.flow import PRODUCERS, Flow, is_hooked, tied_parameters, traced, w
 from distnorm.norms.surgery import after_of, check_model, find_batch_norms, source_of
 from distnorm.norms.weight import STANDARDIZED, standardized, standardized_transposed
 
+_ONE_PATH = "torch.fx could not trace the model: only the path of the example was checked"
+
 _PLAIN = {standard: plain for plain, standard in STANDARDIZED.items()}
 
 
@@ -26,16 +28,19 @@ class Folding:
         model: the very model that was given.
         folded: each merged pair: the layer, and the norm that it took in.
         left: each batch norm that stayed, and why.
+        warning: what was not checked: a model that could not be traced was watched on the path of its example only.
     """
 
     model: nn.Module
     folded: tuple[tuple[str, str], ...]
     left: tuple[tuple[str, str], ...]
+    warning: str = ""
 
     def __str__(self) -> str:
-        """Draw the table: norm, and what became of it."""
+        """Draw the table: norm, and what became of it; then the warning, if there is one."""
         rows = [(norm, f"folded into {layer}") for layer, norm in self.folded]
-        return aligned([("norm", "now"), *rows, *((norm, f"left: {why}") for norm, why in self.left)])
+        table = aligned([("norm", "now"), *rows, *((norm, f"left: {why}") for norm, why in self.left)])
+        return f"{table}\nwarning: {self.warning}" if self.warning else table
 
 
 def fold(model: nn.Module, example: Any = None) -> Folding:
@@ -50,8 +55,9 @@ def fold(model: nn.Module, example: Any = None) -> Folding:
     Args:
         model: in eval mode. Batch norms of torch, of distnorm, constants of torchvision and timm, and registered ones.
         example: what the model is called with: a tensor, a tuple of arguments, or a mapping of named ones. Needed where
-            `torch.fx` cannot trace the model, which is then watched running it; if given, the outputs before and after
-            are compared, and a difference undoes everything.
+            `torch.fx` cannot trace the model, which is then watched running it: if its forward decides on values, only
+            the path that the example takes is seen, and another may be wrong afterwards (`Folding.warning` says so). If
+            given, the outputs before and after are compared, and a difference undoes everything.
 
     Returns:
         The record of what was merged, what was left, and why.
@@ -60,7 +66,8 @@ def fold(model: nn.Module, example: Any = None) -> Folding:
 
     Raises:
         ConfigError: the model is in training mode, wrapped or scripted; no pair is found; the model cannot be traced
-            and there is no example; or the example's output changes. Nothing is changed then.
+            and there is no example; or the model fails on the example, or gives another output. Nothing is changed
+            then.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -83,7 +90,8 @@ def fold(model: nn.Module, example: Any = None) -> Folding:
             f"fold() could not trace {type(model).__name__}: its forward decides on values.\n"
             "Give it a batch to watch the model with: fold(model, example=x)."
         )
-    before = None if run is None else run()
+    before = None if run is None else _first_output(model, example, run)
+    warning = _ONE_PATH if flows is None else ""
     flows = [watched(model, run)] if flows is None and run is not None else flows or []
     pairs, left = _sort_out(model, norms, flows)
     if not pairs:
@@ -104,7 +112,7 @@ def fold(model: nn.Module, example: Any = None) -> Folding:
             put_back()
         raise
     names = {module: name or "(the model)" for name, module in model.named_modules()}
-    return Folding(model, tuple((names[layer], names[norm]) for layer, norm in pairs), tuple(left))
+    return Folding(model, tuple((names[layer], names[norm]) for layer, norm in pairs), tuple(left), warning)
 
 
 def _check_mode(model: nn.Module, norms: dict[str, nn.Module]) -> None:
@@ -127,6 +135,19 @@ def _caller(model: nn.Module, example: Any) -> Callable[[], Any]:
             return model(*given) if isinstance(given, tuple | list) else model(given)
 
     return run
+
+
+def _first_output(model: nn.Module, example: Any, run: Callable[[], Any]) -> Any:
+    try:
+        return run()
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+        given = f"shape {', '.join(map(str, shapes))}" if shapes else f"type {type(example).__name__}"
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"fold() could not run the model on example of {given}: {said}\n"
+            f"Give it what {type(model).__name__} is called with: a tensor, a tuple, or a mapping of names."
+        ) from error
 
 
 def _sort_out(

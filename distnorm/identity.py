@@ -12,7 +12,8 @@ from distnorm import collectives
 from distnorm.changes import channels_of
 from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import Moments
-from distnorm.norms.surgery import source_of
+from distnorm.norms.recurrent import RecurrentBatchNorm
+from distnorm.norms.surgery import looks_like_batch_norm, source_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -40,7 +41,8 @@ def identity_init(layer: Layer, batch: Tensor) -> Layer:
     Collective: 1 agreement over all ranks: every rank calls it.
 
     Raises:
-        ConfigError: the layer is no batch norm, or has no weight and bias.
+        ConfigError: the layer is no batch norm, has code or a set of statistics a time step of its own, or has no
+            weight and bias.
         ShapeError: (on every rank alike) a rank's batch does not fit the layer, or there is no value at all.
 
     Example:
@@ -71,16 +73,27 @@ def identity_init(layer: Layer, batch: Tensor) -> Layer:
 
 def _check_layer(layer: object) -> nn.Module:
     name = layer.__name__ if isinstance(layer, type) else type(layer).__name__
+    if isinstance(layer, RecurrentBatchNorm):
+        raise ConfigError(
+            f"identity_init() got a {name}, whose statistics differ from time step to time step: one weight and bias "
+            "undo those of one step only.\n"
+            "Insert a norm that all steps share, e.g. nn.BatchNorm1d."
+        )
+    if isinstance(layer, nn.Module) and source_of(layer) is None and looks_like_batch_norm(layer):
+        raise ConfigError(
+            f"identity_init() got a {name}, a batch norm with code of its own, that may compute something else.\n"
+            f"If it only applies submodules afterwards, name them: distnorm.register_norm({name}, after=(…))."
+        )
     if isinstance(layer, type) or not isinstance(layer, nn.Module) or source_of(layer) is None:
         raise ConfigError(
             f"identity_init() got {'the class ' if isinstance(layer, type) else ''}{name}, that is no batch norm: only "
-            "statistics that all samples share can be undone by a weight and a bias.\\n"
+            "statistics that all samples share can be undone by a weight and a bias.\n"
             "Give it one layer, e.g. nn.BatchNorm2d(64) or model.bn1."
         )
     missing = [which for which in ("weight", "bias") if getattr(layer, which, None) is None]
     if missing:
         raise ConfigError(
-            f"identity_init() got a {name} without {' and '.join(missing)}, that could undo the normalization.\\n"
+            f"identity_init() got a {name} without {' and '.join(missing)}, that could undo the normalization.\n"
             "Build it with affine=True and a bias."
         )
     return layer
@@ -91,7 +104,7 @@ def _misfit(channels: int, batch: object) -> str:
         return f"identity_init() got a batch of {type(batch).__name__}. Give it a tensor [N, {channels}, *]."
     if batch.dim() < 2 or batch.shape[1] != channels:
         return (
-            f"identity_init() got a batch of shape {tuple(batch.shape)} for a layer of {channels} channels.\\n"
+            f"identity_init() got a batch of shape {tuple(batch.shape)} for a layer of {channels} channels.\n"
             f"Give it what the layer sees: [N, {channels}, *]."
         )
     if not batch.is_floating_point():

@@ -54,7 +54,7 @@ class Names:
         Raises:
             ConfigError: one of them is neither, or finds nothing.
         """
-        given = (selectors,) if isinstance(selectors, str | type) else tuple(selectors)
+        given = tuple(selectors) if isinstance(selectors, Iterable) and not isinstance(selectors, str) else (selectors,)
         found: list[str] = []
         for selector in given:
             if isinstance(selector, type) and issubclass(selector, nn.Module):

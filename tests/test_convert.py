@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from distnorm import GhostBatchNorm, SyncBatchNorm, convert, decide
+from distnorm import GhostBatchNorm, NormSpec, SyncBatchNorm, convert, decide
 from distnorm.models import ResNet
 from distnorm.norms.weight import StandardizedConv2d, standardized
 from tests.nasty import Nasty
@@ -121,3 +121,23 @@ def test_filters_of_one_weight_are_not_standardized():
     model = nn.Sequential(nn.Conv2d(1, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1, groups=8), nn.BatchNorm2d(8))
     convert(model, decide(2, 2))
     assert [type(model[0]), type(model[2])] == [nn.Conv2d] * 2
+
+
+class Skip(nn.Module):
+    """A residual block, whose activation works in place on what the norm gives out."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.act(self.norm(y)) + y
+
+
+def test_without_a_norm_an_activation_in_place_leaves_the_skip_alone():
+    model, x = Skip(), torch.randn(2, 4, 3, 3)
+    convert(model, NormSpec("none", 1))
+    y = model.conv(x)
+    assert y.min() < 0
+    torch.testing.assert_close(model(x), y.relu() + y)

@@ -229,6 +229,31 @@ def test_refusals_name_value_and_remedy(model, example, value, remedy):
     assert not state or same_values(values(model), state)
 
 
+def test_a_watched_model_is_known_on_the_path_of_its_example_only():
+    """What the other path computes may change, and the record says so."""
+    two_paths = Joined(lambda m, x: plain(m, x) if x.sum() > 0 else m.conv(x))
+    model, x = lived(two_paths), torch.rand(2, 4, 5, 5)
+    expected, other = model(x), model(-x)
+    folding = fold(model, x)
+    assert folding.warning == "torch.fx could not trace the model: only the path of the example was checked"
+    assert str(folding).splitlines()[-1] == f"warning: {folding.warning}"
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(-x), other, atol=1e-2)
+    assert "warning" not in str(fold(lived(ResNet()), torch.randn(2, 1, 12, 12)))
+
+
+@pytest.mark.parametrize(
+    ("example", "given"), [(torch.randn(2, 7, 4, 4), r"shape \(2, 7, 4, 4\)"), (5, "type int"), ({"y": 1}, "type dict")]
+)
+def test_an_example_that_the_model_cannot_take_is_refused(example, given):
+    model = lived(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    state = values(model)
+    with pytest.raises(ConfigError, match=rf"could not run .* on example of {given}: .+\nGive it what Sequential"):
+        fold(model, example)
+    assert same_values(values(model), state)
+    assert type(model[1]) is nn.BatchNorm2d
+
+
 def test_constants_fold_in_a_model_whose_norms_all_are():
     """Their own mode is of no account."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), FrozenBatchNorm(4)).eval()

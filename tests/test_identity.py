@@ -8,8 +8,9 @@ from torch import nn
 from distnorm import ConfigError, GhostBatchNorm, NormSpec, ShapeError, SyncBatchNorm, collectives, convert
 from distnorm.identity import identity_init
 from distnorm.norms import BatchRenorm, FrozenBatchNorm
+from distnorm.norms.recurrent import RecurrentBatchNorm
 from tests import ranks
-from tests.nasty import FrozenBatchNorm2d
+from tests.nasty import FrozenBatchNorm2d, OwnForward
 
 pytestmark = pytest.mark.unit
 
@@ -104,6 +105,14 @@ def test_one_ranks_misfit_is_raised_on_all():
         (nn.BatchNorm2d(3), [1.0], ShapeError, "a batch of list", "tensor [N, 3, *]"),
         (nn.BatchNorm2d(3), torch.randn(0, 3, 2, 2), ShapeError, "without values", "that the layer will see"),
         (nn.GroupNorm(1, 3), torch.randn(4, 3), ConfigError, "got GroupNorm, that is no batch norm", "model.bn1"),
+        (RecurrentBatchNorm(3, 2), torch.randn(4, 3), ConfigError, "from time step to time step", "nn.BatchNorm1d"),
+        (
+            OwnForward(3),
+            torch.randn(4, 3),
+            ConfigError,
+            "a OwnForward, a batch norm with code",
+            "register_norm(OwnF",
+        ),
         (nn.BatchNorm2d, torch.randn(4, 3), ConfigError, "got the class BatchNorm2d", "nn.BatchNorm2d(64)"),
         (nn.BatchNorm2d(3, affine=False), torch.randn(4, 3), ConfigError, "without weight and bias", "affine=True"),
         (nn.BatchNorm2d(3, bias=False), torch.randn(4, 3), ConfigError, "BatchNorm2d without bias", "and a bias"),
@@ -115,4 +124,5 @@ def test_refusals_name_value_and_remedy(layer, batch, error, value, remedy):
         identity_init(layer, batch)
     assert value in str(caught.value)
     assert remedy in str(caught.value)
+    assert "\\" not in str(caught.value)
     assert all(torch.equal(v, layer.state_dict()[k]) for k, v in before.items())

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from distnorm import NormSpec, convert
+from distnorm import ConfigError, NormSpec, SyncBatchNorm, convert
+from distnorm.fold import fold
 from distnorm.models import ResNet
 from tests.nasty import (
     KINDS,
@@ -166,3 +167,72 @@ def test_a_user_who_freezes_meanwhile_is_not_undone():
     model.requires_grad_(False)
     conversion.revert()
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def folded(model):
+    fold(model)
+
+
+def converted(model):
+    convert(model, KINDS["frozen"])
+
+
+@pytest.mark.parametrize("later", [folded, converted])
+def test_what_was_changed_since_is_refused_and_nothing_undone(later):
+    torch.manual_seed(0)
+    model = trained(ResNet(widths=(4, 8), in_channels=3))
+    conversion = convert(model, KINDS["sync"], remove_redundant_biases=True)
+    later(model.eval())
+    x, before, state = input_of(model), picture(model), values(model)
+    expected = model(x)
+    with pytest.raises(ConfigError, match=r"layer 'bn' is a (torch.Identity|distnorm.FrozenBatchNorm) now") as caught:
+        conversion.revert()
+    assert "Revert the later conversion first; after fold() there is no way back" in str(caught.value)
+    assert picture(model) == before
+    assert same_values(values(model), state)
+    assert torch.equal(model(x), expected)
+
+
+def test_conversions_are_undone_from_the_last_to_the_first():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    first = convert(model, KINDS["sync"])
+    last = convert(model, KINDS["ghost"])
+    with pytest.raises(ConfigError, match=r"is a distnorm.GhostBatchNorm now, and convert\(\) left a distnorm.Sync"):
+        first.revert()
+    last.revert()
+    first.revert()
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_removed_bias_that_fold_gave_anew_is_not_put_back():
+    """The norm after it was not converted, so that only the bias can tell."""
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    conversion = convert(model, KINDS["sync"], include="2", remove_redundant_biases=True)
+    assert conversion.removed_biases == ("0.bias",)
+    fold(model.eval())
+    state = values(model)
+    with pytest.raises(ConfigError, match=r"layer '0' has a bias again[\s\S]*load its weights"):
+        conversion.revert()
+    assert type(model[2]) is SyncBatchNorm
+    assert same_values(values(model), state)
+
+
+def test_a_removed_bias_stays_away_where_its_norm_lost_the_statistics():
+    model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    first = convert(model, KINDS["sync"], include="2", remove_redundant_biases=True)
+    last = convert(model, KINDS["group"], include="1")
+    with pytest.raises(
+        ConfigError, match=r"'0' has lost the norm after it, that is a GroupNorm[\s\S]*later conversion"
+    ):
+        first.revert()
+    last.revert()
+    first.revert()
+    assert model[0].bias is not None
+
+
+def test_revert_follows_no_dtype_where_no_tensor_is_left():
+    """As its docstring says."""
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    conversion = convert(model, KINDS["none"])
+    model.half()
+    assert conversion.revert()[0].weight.dtype == torch.float32

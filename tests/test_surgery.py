@@ -149,7 +149,12 @@ def test_constants_stay_unless_they_are_named():
     conversion = convert(model, SYNC)
     assert [row.name for row in conversion.left] == ["0", "1"]
     conversion.revert()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
     conversion = convert(model, NormSpec("sync", 32, layers={"0": {}, "1": {}}))
+    new = [name for name, p in model.named_parameters() if id(p) not in held]
+    assert list(conversion.new_parameters) == sorted(new) == ["0.bias", "0.weight"]
+    assert "\nnew parameters, that an optimizer built before does not have: 0.bias, 0.weight" in str(conversion)
     assert [type(m) for m in model] == [SyncBatchNorm] * 3
     assert all(m.weight.requires_grad for m in model)
     assert conversion.new_keys == ("0.num_batches_tracked",)
@@ -172,6 +177,26 @@ def test_register_refuses_what_it_cannot_use():
         register_norm("Swish")
     with pytest.raises(ConfigError, match=r"after='gate', that must be a tuple.*after=\('gate',\)"):
         register_norm(Swish, after="gate")
+    for after in ([nn.ReLU()], 5):
+        with pytest.raises(ConfigError, match=r"that must name submodules of a Swish[\s\S]*after=\('act',\)"):
+            register_norm(Swish, after=after)
+    assert source_of(Swish(4)).after == ("gate",)
+
+
+def test_constants_that_saw_no_batch_are_warned_of(caplog):
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1](torch.randn(8, 4, 3, 3))
+    model[2].running_mean.fill_(2)  # loaded, without a count
+    convert(model, NormSpec("frozen", 1))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("norm=frozen: 1 of 3 layers have seen no batch: constants 0 and 1")
+    assert record.getMessage().endswith("Load the weights first.")
+    caplog.clear()
+    seen = nn.Sequential(nn.BatchNorm2d(4))
+    seen(torch.randn(8, 4, 3, 3))
+    convert(seen, NormSpec("frozen", 1))
+    convert(nn.Sequential(nn.BatchNorm2d(4)), SYNC)
+    assert not caplog.records
 
 
 # -- refusals
@@ -226,6 +251,8 @@ REFUSALS = {
         "BatchNorm2d: name one",
     ),
     "no selector": (GOOD, SYNC, {"include": [4]}, "got 4 in include", "include=['layer4.*'"),
+    "a number": (GOOD, SYNC, {"include": 5}, "got 5 in include", "include=['layer4.*'"),
+    "a module": (GOOD, SYNC, {"exclude": nn.ReLU()}, "got ReLU() in exclude", "exclude=['layer4.*'"),
     "layers": (
         GOOD,
         NormSpec("batch", 8, layers={"3": {"kind": "group"}}),

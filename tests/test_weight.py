@@ -81,3 +81,16 @@ def test_filters_of_one_weight_stay_as_they_are():
     depthwise = STANDARDIZED[nn.Conv2d](4, 4, 1, groups=4)
     assert torch.equal(standardized(depthwise.weight), depthwise.weight)
     assert torch.equal(standardized_transposed(depthwise.weight, 4), depthwise.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_once(dtype):
+    torch.manual_seed(0)
+    weight = (torch.randn(16, 8, 3, 3) * 1e-2 + 0.5).to(dtype)
+    truth = torch.from_numpy(reference_norms.standardized_filters(weight.double().flatten(1).numpy())).view(
+        weight.shape
+    )
+    found = standardized(weight)
+    assert found.dtype == dtype
+    error = (found.double() - truth).abs().max() / truth.abs().max()
+    assert error <= torch.finfo(dtype).eps / 2 * 1.01

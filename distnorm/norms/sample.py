@@ -49,6 +49,8 @@ class GroupNorm(nn.GroupNorm):
 class Identity(nn.Module):
     """No normalization; what followed it stays.
 
+    The output is a copy, as a norm's is: `nn.ReLU(inplace=True)` after it may not reach what a residual keeps.
+
     Shape: input any. output: the same, unless what follows changes it.
 
     Collective: none.
@@ -68,5 +70,4 @@ class Identity(nn.Module):
 
         Shape: any.
         """
-        works_in_place = any(getattr(module, "inplace", False) for module in self.modules())
-        return followed(self, input.clone() if works_in_place else input)  # a norm's output was nobody else's
+        return followed(self, input.clone())

@@ -55,7 +55,7 @@ def register_norm(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: 
             as it is, unless `spec.layers` names it.
 
     Raises:
-        ConfigError: `cls` is no class of modules, or `after` is one string.
+        ConfigError: `cls` is no class of modules, or `after` is no tuple of names.
 
     Example:
         >>> class ActiveNorm(nn.BatchNorm2d):
@@ -74,6 +74,11 @@ def register_norm(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: 
     if isinstance(after, str):
         raise ConfigError(
             f"register_norm() got after={after!r}, that must be a tuple of names. Give after=({after!r},)."
+        )
+    if not isinstance(after, tuple | list) or not all(isinstance(name, str) for name in after):
+        raise ConfigError(
+            f"register_norm() got after={after!r}, that must name submodules of a {cls.__name__}, not be them.\n"
+            "Give the names of the attributes, e.g. after=('act',)."
         )
     SOURCES[cls] = Source(tuple(after), frozen)
 

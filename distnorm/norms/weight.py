@@ -19,7 +19,8 @@ def standardized(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
         (w - mean(w)) / sqrt(var(w) + eps)
 
-    A filter of one weight, that of a depthwise 1×1 convolution, would be 0, and stays as it is.
+    A filter of one weight, that of a depthwise 1×1 convolution, would be 0, and stays as it is. Half precision is
+    computed in float32, and rounded once.
 
     Args:
         weight: of a convolution.
@@ -35,8 +36,9 @@ def standardized(weight: Tensor, eps: float = 1e-5) -> Tensor:
     """
     if weight[:1].numel() == 1:
         return weight
-    var, mean = torch.var_mean(weight, list(range(1, weight.dim())), correction=0, keepdim=True)
-    return (weight - mean) * torch.rsqrt(var + eps)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    var, mean = torch.var_mean(wide, list(range(1, weight.dim())), correction=0, keepdim=True)
+    return ((wide - mean) * torch.rsqrt(var + eps)).to(weight.dtype)
 
 
 def standardized_transposed(weight: Tensor, groups: int = 1, eps: float = 1e-5) -> Tensor:
