@@ -107,6 +107,28 @@ def test_an_order_comes_before_every_row(device_batch, world, asked, kind, sync_
         assert reason in str(spec)
 
 
+@pytest.mark.parametrize(
+    ("device_batch", "options", "reason"),
+    [
+        (8, {"iid": False}, "before norm.iid=false: 32 samples of 4 of 8 ranks share statistics, and fit that part"),
+        (32, {"iid": False}, "before norm.iid=false: 32 samples of 1 of 8 ranks"),
+        (64, {"task": "contrastive"}, "before norm.task=contrastive: 32 samples of 1 of 8 ranks"),
+    ],
+)
+def test_an_order_says_what_it_comes_before(device_batch, options, reason):
+    assert reason in str(decide(device_batch, 8, exact=True, **options))
+    assert "comes before" not in str(decide(device_batch, 8, exact=True))
+    assert "comes before" not in str(decide(4, 8, exact=True, **options))  # all ranks share statistics
+
+
+def test_exact_names_only_alternatives_that_hit_the_number():
+    found = decide(8, 16, exact=True, pretrained=True).alternatives
+    assert [other.setting for other in found] == ["norm=group", "norm=frozen"]
+    found = [other.setting for other in decide(64, 2, kind="group", normalization_batch=16, exact=True).alternatives]
+    assert "norm=ghost norm.normalization_batch=16" in found
+    assert not {"norm=batch", "norm=sync norm.sync_ranks=2"} & set(found)
+
+
 REQUESTS = [
     ({"kind": "batch"}, "batch", 1, 2, "its own 2 samples"),
     ({"kind": "sync"}, "sync", 4, 8, "over all ranks: 4 × 2 = 8"),
@@ -212,11 +234,11 @@ def test_the_price_comes_from_curve_and_planner():
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        ({}, ["norm=group_ws", "norm=renorm norm.frozen_last=0.2", "norm=batch"]),
+        ({}, ["norm=group_ws", "norm=batch", "norm=renorm norm.frozen_last=0.2"]),
         ({"task": "contrastive"}, ["norm=group_ws"]),
-        ({"pretrained": True}, ["norm=group", "norm=renorm norm.frozen_last=0.2", "norm=batch", "norm=frozen"]),
+        ({"pretrained": True}, ["norm=group", "norm=batch", "norm=frozen", "norm=renorm norm.frozen_last=0.2"]),
         ({"iid": False}, ["norm=group_ws"]),
-        ({"foldable": True}, ["norm=renorm norm.frozen_last=0.2", "norm=batch"]),
+        ({"foldable": True}, ["norm=batch", "norm=renorm norm.frozen_last=0.2"]),
         ({"task": "sequence"}, ["norm=group"]),
         ({"task": "generative"}, ["norm=instance", "norm=layer", "norm=none"]),
         ({"memory_bound": True}, [..., "activation checkpointing"]),
@@ -231,7 +253,7 @@ def test_alternatives_are_ranked_and_fit_the_task(options, settings):
 
 
 def test_fine_tuning_on_few_samples_names_the_norms_of_new_heads():
-    assert decide(2, 4, pretrained=True).alternatives[-1].setting == 'norm.layers={"head.*": group}'
+    assert decide(2, 4, pretrained=True).alternatives[-1].setting == "'norm.layers={head.*: group}'"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,14 @@ TASKS = ("classification", "dense", "contrastive", "sequence", "generative", "re
 """`dense`: detection and segmentation; `contrastive`: the loss compares samples of the batch; `sequence`: recurrent
 networks and Transformers; `generative`: GANs and VAEs."""
 
+_OTHER_WORDS = {
+    "dense": ("detection", "segmentation", "depth", "pose"),
+    "contrastive": ("ssl", "self-supervised", "self_supervised", "simclr", "moco", "metric"),
+    "sequence": ("transformer", "rnn", "lstm", "text", "nlp", "language", "speech"),
+    "generative": ("gan", "vae", "diffusion", "generation"),
+    "reinforcement": ("rl", "reinforcement_learning"),
+}
+
 FAST_US = 20.0
 """Hops between nodes up to so long are worth waiting for in every layer."""
 
@@ -166,10 +174,18 @@ def check_sync_ranks(sync_ranks: Any, world_size: int, kind: str) -> None:
         )
 
 
+def suggest(key: str, value: Any, choices: Sequence[str]) -> str:
+    """Suggest what a word stands for that is none of the choices: a task's common name, or the nearest spelling."""
+    word = str(value).lower()
+    meant = [task for task, words in _OTHER_WORDS.items() if word in words and key.endswith("task")]
+    return f" Use {key}={meant[0]}." if meant else did_you_mean(word, choices)
+
+
 def check_word(key: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a word that is not one of the choices, and suggest the nearest."""
     if value not in choices:
-        near = did_you_mean(value, choices) if isinstance(value, str) else f" Use {key}={choices[0]}."
+        near = suggest(key, value, choices) if isinstance(value, str) else ""
+        near = near or f" Use e.g. {key}={choices[0]}."
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}.{near}")
 
 

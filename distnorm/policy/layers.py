@@ -31,7 +31,7 @@ def by_name(case: Case, base: NormSpec) -> dict[str, dict[str, Any]]:
     if not isinstance(case.layers, Mapping) or not all(isinstance(glob, str) and glob for glob in case.layers):
         raise ConfigError(
             f"norm.layers={case.layers!r:.80} must map globs of layer names to kinds. "
-            'Use e.g. norm.layers={"layer4.*": group}.'
+            "Use e.g. 'norm.layers={layer4.*: group}'."
         )
     return {glob: _full(case, base, glob, given) for glob, given in case.layers.items()}
 
@@ -77,7 +77,8 @@ def _full(case: Case, base: NormSpec, glob: str, given: Any) -> dict[str, Any]:
     key = f"norm.layers[{glob!r}]"
     if not isinstance(asked, Mapping):
         raise ConfigError(
-            f"{key}={given!r} must be a kind, or fields with one. Use e.g. {{kind: sync, sync_ranks: 2}}."
+            f"{key}={given!r} must be a kind, or fields with one. "
+            f"Use e.g. 'norm.layers={{{glob}: {{kind: sync, sync_ranks: 2}}}}'."
         )
     for unknown in (name for name in asked if name not in FIELDS):
         near = did_you_mean(str(unknown), FIELDS)
