@@ -8,7 +8,7 @@ from typing import Any
 
 from distnorm import planner
 from distnorm.errors import ConfigError, did_you_mean, divisors_in_words
-from distnorm.spec import EVALUATIONS, KINDS
+from distnorm.spec import EVALUATIONS, KINDS, check_renorm
 
 TASKS = ("classification", "dense", "contrastive", "sequence", "generative", "reinforcement")
 """`dense`: detection and segmentation; `contrastive`: the loss compares samples of the batch; `sequence`: recurrent
@@ -39,6 +39,7 @@ _UNITS = {
     "ranks_per_node": "ranks on one machine",
     "normalization_batch": "samples that share statistics",
     "min_normalization_batch": "samples that share statistics",
+    "groups": "groups of channels",
 }
 
 
@@ -124,6 +125,11 @@ class Case:
         """Give that time as a share of a step."""
         return self.cost_of(ranks) / (self.step_ms or REFERENCE_STEP_MS)
 
+    def is_too_far(self, ranks: int) -> bool:
+        """Tell whether so many ranks are of several nodes, and latency or the allowed overhead speak against it."""
+        slow = self.internode_latency_us > FAST_US or self.overhead_of(ranks) > self.max_overhead
+        return self.nodes_of(ranks) > 1 and slow
+
     def group_for(self, aim: int, least: int) -> int | None:
         """Choose the ranks that pool: the fewest for `aim`; a whole node rather than two, if it reaches `least`.
 
@@ -152,6 +158,7 @@ def check(case: Case) -> None:
     """
     _check_words(case)
     _check_counts(case)
+    check_renorm({} if case.renorm is None else case.renorm)
     _check_flags(case)
     _check_ranges(case)
     if case.sync_ranks is not None:

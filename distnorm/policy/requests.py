@@ -29,7 +29,9 @@ def obey(case: Case) -> NormSpec:
     """
     asked = f"norm.kind={case.kind} was asked for"
     if case.kind not in BATCH_KINDS:
-        return NormSpec(case.kind, 1, reasons=(asked,))
+        constants = "constants 0 and 1, as without norms, unless the model's statistics were learned (norm.pretrained)"
+        is_fresh = case.kind == "frozen" and not case.pretrained
+        return NormSpec(case.kind, 1, reasons=(asked, *(constants,) * is_fresh))
     b, ranks = case.device_batch, _ranks(case)
     if case.kind == "ghost":
         ghost = ghost_size("norm.kind=ghost", case, min(case.normalization_batch, b))
