@@ -34,6 +34,8 @@ DECIDE: Mapping[str, Mapping[str, Any]] = {
     "--evaluation": {"help": f"auto, {', '.join(EVALUATIONS)}"},
     "--frozen-last": {"type": float, "help": "share of training, at its end, with constant statistics"},
     "--layers": {"help": 'overrides by name, as JSON: {"layer4.*": "group"}'},
+    "--groups": {"type": int, "help": "the most groups of a GroupNorm (32)"},
+    "--renorm": {"help": 'limits of batch renormalization, as JSON: {"r_max": 3, "d_max": 5}'},
     "--include": {"nargs": "+", "help": "globs of the layers that may be converted"},
     "--exclude": {"nargs": "+", "help": "globs of the layers that stay as they are"},
 }
@@ -71,7 +73,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _decide(*, json: bool, **asked: Any) -> None:
-    for name, read in {"layers": _json, "channels": _numbers, "momentum": _number_or_word}.items():
+    for name in ("layers", "renorm"):
+        if name in asked:
+            asked[name] = _json(name, asked[name])
+    for name, read in {"channels": _numbers, "momentum": _number_or_word}.items():
         if name in asked:
             asked[name] = read(asked[name])
     spec = distnorm.decide(**asked)
@@ -89,13 +94,12 @@ def _dumps(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
 
-def _json(text: str) -> Any:
+def _json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(
-            f'--layers {text!r} is no JSON: {error}. Use e.g. --layers \'{{"layer4.*": "group"}}\'.'
-        ) from None
+        example = {"layers": '{"layer4.*": "group"}', "renorm": '{"r_max": 3}'}[name]
+        raise ConfigError(f"--{name} {text!r} is no JSON: {error}. Use e.g. --{name} '{example}'.") from None
 
 
 def _numbers(text: str) -> list[Any]:

@@ -72,6 +72,11 @@ TABLE: Mapping[str, Evidence] = {
     "cost": Evidence(
         "NCCL's own latency model", "53 layers synchronized over 8 GPUs of a node take 1.4 to 1.6 ms a step", "D"
     ),
+    "cost-nodes": Evidence(
+        "NCCL's own latency model",
+        "53 layers synchronized over 2, 4, 8 nodes of 8 GPUs take 2.9, 3.8, 4.8 ms a step",
+        "D",
+    ),
     "folding": Evidence("Yan et al. 2020, inference", "folded batch norm runs 237.9 it/s, GroupNorm 99.4", "V"),
     "renorm": Evidence(
         "Yan et al. 2020; Wu & He 2018", "batch renormalization errs 30.29 % at 2 images, 26.3 at 4", "V"

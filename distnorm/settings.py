@@ -14,15 +14,21 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distnorm.errors import ConfigError, did_you_mean
-from distnorm.policy import TASKS, decide
+from distnorm.policy import TASKS, decide, suggest
 from distnorm.spec import EVALUATIONS, KINDS, NormSpec
 from distnorm.targets import Node, check_takes, check_target, check_value
 
 DEFAULT_DEVICE_BATCH = 16
 AtLeastOne = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[16])]
+Many = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[1024])]
 Flag = Annotated[bool, Field(description="true or false", examples=["true"])]
 Auto = Literal["auto"]
 _PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
+
+
+def _with_words_as_keys(value: Any) -> Any:
+    """Take `0` and `0.1`, names of layers in an `nn.Sequential`, as the words they are."""
+    return {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class _Strict(BaseModel):
@@ -66,13 +72,15 @@ class NormSettings(_Strict):
         description="a number in (0, 1], auto, or null", examples=[0.1]
     )
     evaluation: Literal["auto", *EVALUATIONS]  # type: ignore[valid-type]
-    calibration_samples: AtLeastOne
+    calibration_samples: Many
     frozen_last: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = Field(
         description="a share of the training, from 0 to below 1", examples=[0.2]
     )
-    include: list[str]
-    exclude: list[str]
-    layers: dict[str, str | dict[str, Any]]
+    include: list[str] = Field(description="a list of globs of layer names", examples=["[layer4.*]"])
+    exclude: list[str] = Field(description="a list of globs of layer names", examples=["[head]"])
+    layers: Annotated[dict[str, Any] | None, BeforeValidator(_with_words_as_keys)] = Field(
+        description="kinds by globs of layer names", examples=["{layer4.*: group}"]
+    )
 
 
 class TrainerSettings(_Strict):
@@ -253,10 +261,13 @@ def _in_words(error: ValidationError) -> str:
     field = model.model_fields[keys[-1]]
     if first["type"] == "literal_error" and field.description is None:
         choices = [str(choice) for choice in get_args(field.annotation)]
-        return f"{path}={value!r} is not one of {', '.join(choices)}.{did_you_mean(str(value), choices)}"
+        return f"{path}={value!r} is not one of {', '.join(choices)}.{suggest(path, value, choices)}"
     rule = field.description or _description_of(field) or first["msg"].removeprefix("Input should be ")
     examples = field.examples or _examples_of(field)
-    remedy = f" Use e.g. {path}={examples[0]}." if examples else f" Give {path} such a value."
+    if field.annotation == list[str] and isinstance(value, str):
+        examples = [f"[{value}]"]
+    quote = "'" if " " in str(examples[:1]) else ""
+    remedy = f" Use e.g. {quote}{path}={examples[0]}{quote}." if examples else f" Give {path} such a value."
     return f"{path}={value!r} must be {rule}.{remedy}"
 
 

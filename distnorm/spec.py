@@ -73,7 +73,7 @@ class NormSpec:
         evaluation: what evaluation normalizes with: `running` statistics, those of all ranks `pooled`, or `precise`
             ones, measured anew with the weights of the moment.
         frozen_last: the share of training, at its end, in which the statistics are constants.
-        per_kind: overrides for the layers of one dimension: `{"1d": {"kind": "layer"}}`.
+        per_kind: overrides for the layers of one dimension: `{"vector": {"kind": "layer"}}`, the norms of [N, C].
         layers: overrides for the layers whose name matches a glob: `{"layer4.*": {"kind": "group"}}`; the first that
             matches, before `per_kind`.
         include: globs of the layer names that `convert` may change.
@@ -113,7 +113,7 @@ class NormSpec:
         """Refuse what no layer could be.
 
         Raises:
-            ConfigError: an unknown kind, evaluation or limit, fewer than one rank, or a ghost without its size.
+            ConfigError: an unknown kind, evaluation or limit, a number out of range, or a ghost without its size.
         """
         if self.kind not in KINDS[1:]:
             near = did_you_mean(self.kind, KINDS[1:])
@@ -121,14 +121,12 @@ class NormSpec:
         if self.evaluation not in EVALUATIONS:
             near = did_you_mean(self.evaluation, EVALUATIONS)
             raise ConfigError(f"NormSpec.evaluation={self.evaluation!r} is not one of {', '.join(EVALUATIONS)}.{near}")
-        for name, value in self.renorm.items():
-            if name not in RENORM or not value >= RENORM[name]:  # nor nan
-                rule = " and ".join(f"{key} of at least {least}" for key, least in RENORM.items())
-                raise ConfigError(f"norm.renorm={dict(self.renorm)} may have {rule}.{did_you_mean(name, RENORM)}")
-        if self.sync_ranks < 1 or (self.kind == "ghost" and not self.ghost_batch):
+        check_renorm(self.renorm)
+        _check_numbers(self)
+        if self.kind == "ghost" and self.ghost_batch is None:
             raise ConfigError(
-                f"NormSpec has sync_ranks={self.sync_ranks} and ghost_batch={self.ghost_batch}: at least 1 rank, "
-                "and a ghost has a size.\nLet decide() make it, or give both."
+                "NormSpec has kind='ghost' and ghost_batch=None: a ghost has a size.\n"
+                "Let decide() make it, or give both."
             )
 
     def of(self, name: str, dimension: str = "") -> "NormSpec":
@@ -136,7 +134,7 @@ class NormSpec:
 
         Args:
             name: the layer's, in the model.
-            dimension: `1d`, `2d` or `3d`; empty where the layer takes any.
+            dimension: `vector` for a norm of [N, C], after a linear layer or flattened; else `2d`, `3d` or empty.
         """
         by_name = (change for glob, change in self.layers.items() if fnmatch.fnmatchcase(name, glob))
         change = next(by_name, self.per_kind.get(dimension))
@@ -173,11 +171,82 @@ class NormSpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "NormSpec":
-        """Rebuild what `to_dict` wrote, today's or an earlier version's, whose alternatives were words."""
+        """Rebuild what `to_dict` wrote, today's or an earlier version's.
+
+        Alternatives were words once, and norms of vectors were called `1d`.
+
+        Raises:
+            ConfigError: fields that only a later version has, or none of the decision.
+        """
+        _check_fields(cls, values, ("kind", "normalization_batch"))
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         others = arguments.get("alternatives", ())
+        for other in (other for other in others if isinstance(other, dict)):
+            _check_fields(Alternative, other, ("setting",))
         arguments["alternatives"] = tuple(Alternative(**a) if isinstance(a, dict) else Alternative(a) for a in others)
+        overrides = arguments.get("per_kind", {})
+        arguments["per_kind"] = {("vector" if k == "1d" else k): change for k, change in overrides.items()}
         return cls(**arguments)
+
+
+def check_renorm(renorm: Any) -> None:
+    """Refuse limits that batch renormalization does not have.
+
+    Raises:
+        ConfigError: no mapping, an unknown limit, or one below its least.
+    """
+    rule = ", ".join(f"{key} of at least {least}" for key, least in RENORM.items())
+    if not isinstance(renorm, Mapping):
+        raise ConfigError(f"norm.renorm={renorm!r:.80} must be limits by name: {rule}. Use e.g. norm.renorm.r_max=3.")
+    for name, value in renorm.items():
+        if name not in RENORM:
+            near = did_you_mean(str(name), RENORM) or " Leave it out."
+            raise ConfigError(f"norm.renorm={dict(renorm)} may have {rule}, and has {name!r}.{near}")
+        if not _is_number(value) or not value >= RENORM[name]:  # nor nan
+            example = {"r_max": 3, "d_max": 5, "warmup": 200, "ramp": 800}[name]
+            raise ConfigError(
+                f"norm.renorm.{name}={value!r} must be a number of at least {RENORM[name]}. "
+                f"Use e.g. norm.renorm.{name}={example}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_numbers(spec: NormSpec) -> None:
+    """Refuse numbers that no decision has."""
+    ghost, momentum = spec.ghost_batch, spec.momentum
+    frozen = spec.frozen_last
+    rules = {
+        "normalization_batch": (_is_count(spec.normalization_batch), "a whole number of at least 1", 32),
+        "sync_ranks": (_is_count(spec.sync_ranks), "a whole number of at least 1", 4),
+        "ghost_batch": (ghost is None or _is_count(ghost, 2), "None or a whole number of at least 2", 16),
+        "groups": (_is_count(spec.groups), "a whole number of at least 1", 32),
+        "momentum": (momentum is None or (_is_number(momentum) and 0 < momentum <= 1), "None or in (0, 1]", 0.1),
+        "frozen_last": (_is_number(frozen) and 0 <= frozen < 1, "a share of training, in [0, 1)", 0.2),
+    }
+    for name, (holds, rule, example) in rules.items():
+        if not holds:
+            value = getattr(spec, name)
+            raise ConfigError(f"NormSpec.{name}={value!r:.40} must be {rule}. Use e.g. {name}={example}.")
+
+
+def _check_fields(cls: type, values: Any, needed: tuple[str, ...]) -> None:
+    if not isinstance(values, Mapping) or any(name not in values for name in needed):
+        raise ConfigError(
+            f"{values!r:.80} is no {cls.__name__}: it has no {' and '.join(needed)}. Give what NormSpec.to_dict wrote."
+        )
+    unknown = sorted(str(name) for name in values.keys() - {field.name for field in dataclasses.fields(cls)})
+    if unknown:
+        raise ConfigError(
+            f"{cls.__name__} has fields that this distnorm does not know: {', '.join(unknown)}.\n"
+            "The distnorm that wrote them is newer. Update distnorm to read it (pip install --upgrade distnorm)."
+        )
 
 
 def _is_better(penalty: float | None, than: float | None) -> bool:

@@ -23,10 +23,27 @@ ROWS = {
     "3 contrastive": (32, 64, {"task": "contrastive"}, "sync", 8, 256, "8 × 32 = 256 ≥ 256", "contrast"),
     "3 contrastive, never local": (256, 4, {"task": "contrastive"}, "sync", 2, 512, "belong together", "leak"),
     "3 contrastive, too few": (16, 4, {"task": "contrastive"}, "sync", 4, 64, "192 short of 256", "contrast"),
+    "3 contrastive, fewer than the least": (
+        (2, 2, {"task": "contrastive"}),
+        *("group", 1, 1, "a normalization batch of 4 < 16: each sample alone", "alone"),
+    ),
+    "3 contrastive, slow network": (
+        (2, 64, {"task": "contrastive", **TWO_NODES, "internode_latency_us": 500}),
+        *("group", 1, 1, "500 µs a hop > 20 µs: each sample alone (norm=sync insists)", "cost-nodes"),
+    ),
     "3 contrastive, one rank": (64, 1, {"task": "contrastive"}, "batch", 1, 64, "none leaks", "leak"),
     "3 contrastive, one sample": (1, 1, {"task": "contrastive"}, "group", 1, 1, "one sample has no batch", "alone"),
     "3 contrastive, sorted": (256, 4, {"task": "contrastive", "iid": False}, "sync", 4, 1024, "4 × 256", "leak"),
     "4 sorted": (32, 16, {"iid": False, **TWO_NODES}, "sync", 16, 512, "fix the sampler", "sorted"),
+    "4 sorted, over budget": (
+        (2, 64, {"iid": False, **TWO_NODES, "step_ms": 10}),
+        *("group_ws", 1, 1, "64 ranks of 8 nodes: 4.8 ms are 48% of a 10 ms step > 10%", "cost-nodes"),
+    ),
+    "4 sorted, slow network": (
+        (2, 64, {"iid": False, **TWO_NODES, "internode_latency_us": 500, "pretrained": True}),
+        *("group", 1, 1, "500 µs a hop > 20 µs (norm=sync insists): each sample alone", "sorted"),
+    ),
+    "4 sorted, slow network, one node": (8, 8, {"iid": False, "step_ms": 1}, "sync", 8, 64, "the whole mix", "sorted"),
     "4 sorted, too few": (2, 4, {"iid": False}, "group_ws", 1, 1, "all 4 ranks reach", "sorted"),
     "4 sorted, pretrained": (2, 4, {"iid": False, "pretrained": True}, "group", 1, 1, "each sample alone", "alone"),
     "4 sorted, one rank": (64, 1, {"iid": False}, "group_ws", 1, 1, "one rank alone sees its own order", "sorted"),
@@ -45,14 +62,14 @@ ROWS = {
     "8 no more than needed": (8, 6, {}, "sync", 6, 48, "6 × 8 = 48", "batch-size"),
     "9 a whole node": (2, 64, TWO_NODES, "sync", 8, 16, "8 ranks of a node together reach 16", "scratch"),
     "9 all ranks": (4, 4, {}, "sync", 4, 16, "all ranks together reach 16", "scratch"),
-    "10 two nodes": (2, 16, {"ranks_per_node": 4}, "sync", 16, 32, "over 4 nodes: 3.4 ms are 8%", "cost"),
+    "10 two nodes": (2, 16, {"ranks_per_node": 4}, "sync", 16, 32, "over 4 nodes: 3.4 ms are 8%", "cost-nodes"),
     "10 its own step": (
         (2, 16, {"ranks_per_node": 4, "step_ms": 100, "channels": [64] * 10}),
-        *("sync", 16, 32, "0.6 ms are 1% of a 100 ms step ≤ 10%", "cost"),
+        *("sync", 16, 32, "0.6 ms are 1% of a 100 ms step ≤ 10%", "cost-nodes"),
     ),
     "10 less within the budget": (
         (1, 64, {**TWO_NODES, "max_overhead": 0.07}),
-        *("sync", 16, 16, "over 2 nodes: 2.9 ms are 7%", "cost"),
+        *("sync", 16, 16, "over 2 nodes: 2.9 ms are 7%", "cost-nodes"),
     ),
     "11 foldable": (2, 4, {"foldable": True}, "renorm", 4, 8, "inference must fold", "frozen-late"),
     "11 over nodes": (1, 64, {"foldable": True, "ranks_per_node": 2}, "renorm", 8, 8, "must fold", "folding"),
@@ -107,6 +124,28 @@ def test_an_order_comes_before_every_row(device_batch, world, asked, kind, sync_
         assert reason in str(spec)
 
 
+@pytest.mark.parametrize(
+    ("device_batch", "options", "reason"),
+    [
+        (8, {"iid": False}, "before norm.iid=false: 32 samples of 4 of 8 ranks share statistics, and fit that part"),
+        (32, {"iid": False}, "before norm.iid=false: 32 samples of 1 of 8 ranks"),
+        (64, {"task": "contrastive"}, "before norm.task=contrastive: 32 samples of 1 of 8 ranks"),
+    ],
+)
+def test_an_order_says_what_it_comes_before(device_batch, options, reason):
+    assert reason in str(decide(device_batch, 8, exact=True, **options))
+    assert "comes before" not in str(decide(device_batch, 8, exact=True))
+    assert "comes before" not in str(decide(4, 8, exact=True, **options))  # all ranks share statistics
+
+
+def test_exact_names_only_alternatives_that_hit_the_number():
+    found = decide(8, 16, exact=True, pretrained=True).alternatives
+    assert [other.setting for other in found] == ["norm=group", "norm=frozen"]
+    found = [other.setting for other in decide(64, 2, kind="group", normalization_batch=16, exact=True).alternatives]
+    assert "norm=ghost norm.normalization_batch=16" in found
+    assert not {"norm=batch", "norm=sync norm.sync_ranks=2"} & set(found)
+
+
 REQUESTS = [
     ({"kind": "batch"}, "batch", 1, 2, "its own 2 samples"),
     ({"kind": "sync"}, "sync", 4, 8, "over all ranks: 4 × 2 = 8"),
@@ -151,9 +190,12 @@ def test_the_momentum_holds_1000_samples_and_never_passes_torchs(samples, moment
 
 
 def test_the_momentum_is_said_taken_or_left_alone():
-    assert "momentum 0.062: a running average holds 1000 samples" in decide(8, 4).reasons
-    assert "momentum 0.032: a running average holds 1000 samples, those of 4 pooled 4000" in decide(16, 4).reasons
-    assert "momentum 0.1: a running average holds 9700 samples, those of 2 pooled 19400" in decide(512, 2).reasons
+    forgets = "and takes about {} steps to forget its start (0 and 1)"
+    holds = "momentum {}: a running average holds {}, " + forgets
+    assert holds.format(0.062, "1000 samples", 16) in decide(8, 4).reasons
+    assert holds.format(0.032, "1000 samples, those of 4 pooled 4000", 32) in decide(16, 4).reasons
+    assert holds.format(0.1, "9700 samples, those of 2 pooled 19400", 10) in decide(512, 2).reasons
+    assert "16 steps to forget the pretrained ones" in str(decide(8, 4, pretrained=True))
     assert decide(8, 4, momentum=0.3).momentum == 0.3
     assert decide(8, 4, momentum=None).momentum is None
     assert not [why for why in decide(8, 4, momentum=None).reasons if "momentum" in why]
@@ -191,6 +233,31 @@ def test_evaluation_is_repaired_where_running_statistics_mislead(device_batch, w
     assert says == (evaluation == "precise" and "evaluation" not in options)
 
 
+NO_EFFECT = [
+    ({"kind": "group", "evaluation": "precise", "momentum": 0.5}, "norm.momentum=0.5 and norm.evaluation=precise have"),
+    ({"task": "generative", "frozen_last": 0.2}, "norm.frozen_last=0.2 has no effect: norm=group shares"),
+    ({"kind": "none", "exact": True}, "norm.exact=true has no effect"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), NO_EFFECT)
+def test_a_request_without_a_meaning_is_named(options, reason):
+    assert reason in str(decide(8, 4, **options))
+    assert "no effect" not in str(decide(8, 4, **options | {"layers": {"head.*": "batch"}}))
+    assert "no effect" not in str(decide(8, 4, **options | {"kind": "sync", "normalization_batch": 32}))
+    assert "no effect" not in str(decide(8, 4, kind="group", momentum=None, evaluation="running"))
+
+
+def test_constants_that_nobody_learned_are_warned_of():
+    assert "constants 0 and 1, as without norms, unless" in str(decide(8, 4, kind="frozen"))
+    assert "constants 0 and 1" not in str(decide(8, 4, kind="frozen", pretrained=True))
+
+
+def test_nobody_measured_batch_renormalization_frozen_late():
+    assert decide(2, 4, foldable=True).penalty is None
+    assert {a.penalty for a in decide(2, 4).alternatives if "renorm" in a.setting} == {None}
+
+
 def test_frozen_at_the_end_where_there_is_something_to_freeze():
     assert decide(2, 4, foldable=True).frozen_last == 0.2
     assert decide(2, 4, foldable=True, frozen_last=0.1).frozen_last == 0.1
@@ -212,11 +279,11 @@ def test_the_price_comes_from_curve_and_planner():
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
-        ({}, ["norm=group_ws", "norm=renorm norm.frozen_last=0.2", "norm=batch"]),
+        ({}, ["norm=group_ws", "norm=batch", "norm=renorm norm.frozen_last=0.2"]),
         ({"task": "contrastive"}, ["norm=group_ws"]),
-        ({"pretrained": True}, ["norm=group", "norm=renorm norm.frozen_last=0.2", "norm=batch", "norm=frozen"]),
+        ({"pretrained": True}, ["norm=group", "norm=batch", "norm=frozen", "norm=renorm norm.frozen_last=0.2"]),
         ({"iid": False}, ["norm=group_ws"]),
-        ({"foldable": True}, ["norm=renorm norm.frozen_last=0.2", "norm=batch"]),
+        ({"foldable": True}, ["norm=batch", "norm=renorm norm.frozen_last=0.2"]),
         ({"task": "sequence"}, ["norm=group"]),
         ({"task": "generative"}, ["norm=instance", "norm=layer", "norm=none"]),
         ({"memory_bound": True}, [..., "activation checkpointing"]),
@@ -231,7 +298,7 @@ def test_alternatives_are_ranked_and_fit_the_task(options, settings):
 
 
 def test_fine_tuning_on_few_samples_names_the_norms_of_new_heads():
-    assert decide(2, 4, pretrained=True).alternatives[-1].setting == 'norm.layers={"head.*": group}'
+    assert decide(2, 4, pretrained=True).alternatives[-1].setting == "'norm.layers={head.*: group}'"
 
 
 @pytest.mark.parametrize(
@@ -244,8 +311,15 @@ def test_fine_tuning_on_few_samples_names_the_norms_of_new_heads():
                 "instance, response, none. Did you mean 'sync'?"
             ),
         ),
-        (("sync", 8, 0), "sync_ranks=0"),
-        (("ghost", 8), "ghost_batch=None"),
+        (("sync", 8, 0), "NormSpec.sync_ranks=0 must be a whole number of at least 1. Use e.g. sync_ranks=4."),
+        (("sync", 8, "4"), "NormSpec.sync_ranks='4' must be a whole number of at least 1. Use e.g. sync_ranks=4."),
+        (("sync", 0), "NormSpec.normalization_batch=0 must be a whole number of at least 1. Use e.g. normalization_"),
+        (("ghost", 8), "ghost_batch=None: a ghost has a size.\nLet decide() make it, or give both."),
+        (("ghost", 8, 1, -1), "ghost_batch=-1 must be None or a whole number of at least 2. Use e.g. ghost_batch=16."),
+        (("group", 1, 1, None, 0), "NormSpec.groups=0 must be a whole number of at least 1. Use e.g. groups=32."),
+        (("batch", 8, 1, None, 32, {}, 5), "NormSpec.momentum=5 must be None or in (0, 1]. Use e.g. momentum=0.1."),
+        (("batch", 8, 1, None, 32, {}, None, "running", 20), "frozen_last=20 must be a share of training, in [0, 1)."),
+        (("batch", 8, 1, None, 32, {}, None, "exact"), "evaluation='exact' is not one of running, pooled, precise."),
     ],
 )
 def test_a_spec_that_no_layer_could_be_is_refused(values, message):

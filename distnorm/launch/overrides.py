@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import OverrideParseException
+from pydantic import BaseModel
 
 from distnorm.errors import did_you_mean
 from distnorm.settings import Settings
@@ -12,6 +13,11 @@ from distnorm.settings import Settings
 NO_CHOICE = "Config group override must be a string"
 """How the plain `ValueError` begins that Hydra raises for `norm=null` or `norm=2`."""
 
+_LAYERS = (
+    "norm.layers takes one dictionary of globs and kinds, without quotes inside it, given once.\n"
+    "Write e.g. 'norm.layers={layer4.*: group, head.bn: {kind: sync, sync_ranks: 2}}'; ++norm.layers={…} adds to one "
+    "that an experiment has."
+)
 _PLAIN_GROUPS = ("norm", "trainer", "drift", "logger")
 _TARGET_GROUPS = ("data", "model", "task", "optimizer")
 
@@ -38,13 +44,16 @@ def in_words(error: Exception, conf: Path) -> str:
     if NO_CHOICE in text:
         return "A group takes the name of one of its choices. Write e.g. norm=sync or trainer=cpu; `--help` lists them."
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} cannot be read as key=value. Write e.g. norm=sync; quote what a shell would split."
+        typed = f"{error.override!r} cannot be read as key=value. "
+        return typed + (_LAYERS if "norm.layers" in typed else "Write e.g. norm=sync; quote what a shell would split.")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(line[:200] for line in lines[:3])
 
 
 def _unknown_key(path: str, conf: Path) -> str:
     """Suggest the key that was meant, from the keys of conf/ as they are."""
+    if path.startswith("norm.layers"):
+        return f"{path} cannot be set so. {_LAYERS}"
     parent, _, key = path.rpartition(".")
     if parent == "trainer.lightning":
         return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
@@ -63,9 +72,18 @@ def _known_keys(conf: Path) -> list[str]:
     fields: dict[str, Any] = {**Settings.model_fields}
     keys = list(fields)
     for group in _PLAIN_GROUPS:
-        keys += [f"{group}.{key}" for key in fields[group].annotation.model_fields]
+        keys += _keys_below(group, fields[group].annotation)
     for group in _TARGET_GROUPS:
         for file in sorted((conf / group).glob("*.yaml")):
             names = (line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"[a-z]\w*:", line))
             keys += [f"{group}.{name}" for name in names]
     return list(dict.fromkeys(keys))
+
+
+def _keys_below(path: str, model: type[BaseModel]) -> list[str]:
+    keys = []
+    for key, field in model.model_fields.items():
+        keys.append(f"{path}.{key}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _keys_below(keys[-1], field.annotation)
+    return keys

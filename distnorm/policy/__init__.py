@@ -6,5 +6,6 @@ evaluation uses, `prices` penalty, cost and alternatives, `table` the printed de
 """
 
 from distnorm.policy.case import TASKS as TASKS
+from distnorm.policy.case import suggest as suggest
 from distnorm.policy.decision import decide as decide
 from distnorm.policy.table import render as render

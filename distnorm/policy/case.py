@@ -8,11 +8,19 @@ from typing import Any
 
 from distnorm import planner
 from distnorm.errors import ConfigError, did_you_mean, divisors_in_words
-from distnorm.spec import EVALUATIONS, KINDS
+from distnorm.spec import EVALUATIONS, KINDS, check_renorm
 
 TASKS = ("classification", "dense", "contrastive", "sequence", "generative", "reinforcement")
 """`dense`: detection and segmentation; `contrastive`: the loss compares samples of the batch; `sequence`: recurrent
 networks and Transformers; `generative`: GANs and VAEs."""
+
+_OTHER_WORDS = {
+    "dense": ("detection", "segmentation", "depth", "pose"),
+    "contrastive": ("ssl", "self-supervised", "self_supervised", "simclr", "moco", "metric"),
+    "sequence": ("transformer", "rnn", "lstm", "text", "nlp", "language", "speech"),
+    "generative": ("gan", "vae", "diffusion", "generation"),
+    "reinforcement": ("rl", "reinforcement_learning"),
+}
 
 FAST_US = 20.0
 """Hops between nodes up to so long are worth waiting for in every layer."""
@@ -31,6 +39,7 @@ _UNITS = {
     "ranks_per_node": "ranks on one machine",
     "normalization_batch": "samples that share statistics",
     "min_normalization_batch": "samples that share statistics",
+    "groups": "groups of channels",
 }
 
 
@@ -116,6 +125,11 @@ class Case:
         """Give that time as a share of a step."""
         return self.cost_of(ranks) / (self.step_ms or REFERENCE_STEP_MS)
 
+    def is_too_far(self, ranks: int) -> bool:
+        """Tell whether so many ranks are of several nodes, and latency or the allowed overhead speak against it."""
+        slow = self.internode_latency_us > FAST_US or self.overhead_of(ranks) > self.max_overhead
+        return self.nodes_of(ranks) > 1 and slow
+
     def group_for(self, aim: int, least: int) -> int | None:
         """Choose the ranks that pool: the fewest for `aim`; a whole node rather than two, if it reaches `least`.
 
@@ -144,6 +158,7 @@ def check(case: Case) -> None:
     """
     _check_words(case)
     _check_counts(case)
+    check_renorm({} if case.renorm is None else case.renorm)
     _check_flags(case)
     _check_ranges(case)
     if case.sync_ranks is not None:
@@ -166,10 +181,18 @@ def check_sync_ranks(sync_ranks: Any, world_size: int, kind: str) -> None:
         )
 
 
+def suggest(key: str, value: Any, choices: Sequence[str]) -> str:
+    """Suggest what a word stands for that is none of the choices: a task's common name, or the nearest spelling."""
+    word = str(value).lower()
+    meant = [task for task, words in _OTHER_WORDS.items() if word in words and key.endswith("task")]
+    return f" Use {key}={meant[0]}." if meant else did_you_mean(word, choices)
+
+
 def check_word(key: str, value: Any, choices: tuple[str, ...]) -> None:
     """Refuse a word that is not one of the choices, and suggest the nearest."""
     if value not in choices:
-        near = did_you_mean(value, choices) if isinstance(value, str) else f" Use {key}={choices[0]}."
+        near = suggest(key, value, choices) if isinstance(value, str) else ""
+        near = near or f" Use e.g. {key}={choices[0]}."
         raise ConfigError(f"{key}={value!r} is not one of {', '.join(choices)}.{near}")
 
 

@@ -15,6 +15,7 @@ from distnorm.policy.statistics import (
     evaluation_of,
     explain_evaluation,
     explain_momentum,
+    explain_no_effect,
     frozen_last_of,
     momentum_of,
 )
@@ -138,7 +139,11 @@ def _with_statistics(case: Case, spec: NormSpec) -> NormSpec:
     why, evidence = explain_evaluation(case, spec)
     momentum = explain_momentum(case, spec)
     evidence += cite("window") if momentum else ()
-    return dataclasses.replace(spec, reasons=(*spec.reasons, *why, *momentum), evidence=spec.evidence + evidence)
+    return dataclasses.replace(
+        spec,
+        reasons=(*spec.reasons, *why, *momentum, *explain_no_effect(case, spec)),
+        evidence=spec.evidence + evidence,
+    )
 
 
 def _globs(name: str, given: Any) -> tuple[str, ...]:

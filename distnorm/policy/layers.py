@@ -12,7 +12,7 @@ from distnorm.spec import BATCH_KINDS, KINDS, NormSpec
 FIELDS = ("kind", "sync_ranks", "ghost_batch", "normalization_batch", "groups", "momentum")
 """What an override may name."""
 
-FEWEST_1D = 4
+FEWEST_VECTORS = 4
 """Samples below which a vector's batch norm gives out little more than its sign: of 2, exactly ±1."""
 
 
@@ -31,32 +31,32 @@ def by_name(case: Case, base: NormSpec) -> dict[str, dict[str, Any]]:
     if not isinstance(case.layers, Mapping) or not all(isinstance(glob, str) and glob for glob in case.layers):
         raise ConfigError(
             f"norm.layers={case.layers!r:.80} must map globs of layer names to kinds. "
-            'Use e.g. norm.layers={"layer4.*": group}.'
+            "Use e.g. 'norm.layers={layer4.*: group}'."
         )
     return {glob: _full(case, base, glob, given) for glob, given in case.layers.items()}
 
 
 def by_dimension(case: Case, base: NormSpec) -> tuple[dict[str, dict[str, Any]], tuple[str, ...]]:
-    """Override layers of vectors (`BatchNorm1d`, after pooling or in a head), that have no positions to average over.
+    """Override norms of vectors [N, C] (after a linear layer or flattened), that have no positions to average over.
 
     Returns:
         `per_kind` of the decision, and the reasons.
     """
-    if base.kind in {"group", "group_ws", "instance"}:
-        why = "1d norms become LayerNorm: a group of a vector has as few as 2 values, and 2 come out as ±1"
-        return {"1d": override(case, "layer")}, (why,)
+    if base.kind in {"group", "group_ws", "instance", "response"}:
+        why = "norms of vectors become LayerNorm: a channel has 1 value and a group as few as 2, and 2 come out as ±1"
+        return {"vector": override(case, "layer")}, (why,)
     samples, ranks = base.normalization_batch, 1
     if base.kind == "batch" and case.kind == "auto" and samples < case.aim:
         enough = (g for g in case.in_node if g * case.device_batch >= case.aim)
         ranks = next(enough, case.in_node[-1])
         samples = ranks * case.device_batch
-    if base.kind in BATCH_KINDS and samples < FEWEST_1D:
-        return {"1d": override(case, "layer")}, (
-            f"1d norms become LayerNorm: statistics over {samples} < {FEWEST_1D} vectors give little but signs",
+    if base.kind in BATCH_KINDS and samples < FEWEST_VECTORS:
+        return {"vector": override(case, "layer")}, (
+            f"norms of vectors become LayerNorm: statistics over {samples} < {FEWEST_VECTORS} give little but signs",
         )
     if ranks > 1:
-        why = f"1d norms sync over {ranks} ranks, {samples} samples: a vector has no positions to average over"
-        return {"1d": override(case, "sync", ranks)}, (why,)
+        why = f"norms of vectors sync over {ranks} ranks, {samples} samples: there are no positions to average over"
+        return {"vector": override(case, "sync", ranks)}, (why,)
     return {}, ()
 
 
@@ -77,7 +77,8 @@ def _full(case: Case, base: NormSpec, glob: str, given: Any) -> dict[str, Any]:
     key = f"norm.layers[{glob!r}]"
     if not isinstance(asked, Mapping):
         raise ConfigError(
-            f"{key}={given!r} must be a kind, or fields with one. Use e.g. {{kind: sync, sync_ranks: 2}}."
+            f"{key}={given!r} must be a kind, or fields with one. "
+            f"Use e.g. 'norm.layers={{{glob}: {{kind: sync, sync_ranks: 2}}}}'."
         )
     for unknown in (name for name in asked if name not in FIELDS):
         near = did_you_mean(str(unknown), FIELDS)

@@ -1,6 +1,7 @@
 """What a decision costs: expected accuracy, predicted time, and both for what could be chosen instead."""
 
 import dataclasses
+from collections.abc import Callable
 
 from distnorm import evidence
 from distnorm.policy.case import Case
@@ -31,7 +32,7 @@ def penalty_of(
 
     Returns:
         `None` where the measurements do not speak: tasks other than vision, statistics over a part of shards that
-        differ, constants.
+        differ, batch renormalization, constants.
     """
     if case.task not in {"classification", "dense"}:
         return None
@@ -39,10 +40,10 @@ def penalty_of(
         return _ALONE.get(kind)
     if not case.iid and sync_ranks < case.world_size:
         return None
-    if frozen_last >= FROZEN_SHARE:
-        return evidence.penalty(normalization_batch, evidence.FROZEN_LATE_CURVE)
     if kind == "renorm":
         return None
+    if frozen_last >= FROZEN_SHARE:
+        return evidence.penalty(normalization_batch, evidence.FROZEN_LATE_CURVE)
     return evidence.penalty(normalization_batch)
 
 
@@ -56,8 +57,8 @@ def price(case: Case, spec: NormSpec) -> NormSpec:
             penalty_of(case, option.kind, option.normalization_batch, option.frozen_last, option.sync_ranks),
             case.cost_of(option.sync_ranks),
         )
-        for option in _options(case)
-        if (option.kind, option.sync_ranks, option.normalization_batch) != _key(spec)
+        for option in map(_typed_after(case), _options(case))
+        if (option.kind, option.sync_ranks, option.normalization_batch) != _key(spec) and _obeys(case, option)
     ]
     ranked = sorted(others, key=lambda a: (a.penalty is None, a.penalty or 0.0, a.cost_ms or 0.0, a.setting))
     return dataclasses.replace(
@@ -70,6 +71,22 @@ def price(case: Case, spec: NormSpec) -> NormSpec:
 
 def _key(spec: NormSpec) -> tuple[str, int, int]:
     return spec.kind, spec.sync_ranks, spec.normalization_batch
+
+
+def _obeys(case: Case, option: _Option) -> bool:
+    """Tell whether an option gives the number that `exact` orders, if it has one."""
+    return not case.exact or option.kind not in BATCH_KINDS or option.normalization_batch == case.normalization_batch
+
+
+def _typed_after(case: Case) -> Callable[[_Option], _Option]:
+    """Take back ranks that were asked for and that an option would be refused with."""
+
+    def complete(option: _Option) -> _Option:
+        if case.sync_ranks is None or "norm.sync_ranks" in option.setting:
+            return option
+        return dataclasses.replace(option, setting=f"{option.setting} norm.sync_ranks=null")
+
+    return complete
 
 
 def _options(case: Case) -> list[_Option]:
@@ -87,7 +104,8 @@ def _options(case: Case) -> list[_Option]:
 def _synchronized(case: Case) -> list[_Option]:
     """Sync over what reaches the aim, over a node, over all."""
     b = case.device_batch
-    enough = next((g for g in case.divisors if g * b >= case.aim), case.world_size)
+    aim = case.normalization_batch if case.exact else case.aim
+    enough = next((g for g in case.divisors if g * b >= aim), case.world_size)
     sizes = {enough, case.in_node[-1], case.world_size} if case.iid else {case.world_size}
     options = []
     for ranks in sorted(g for g in sizes if g > 1 and g * b > 1):
@@ -108,9 +126,10 @@ def _local(case: Case) -> list[_Option]:
         why = f"{b} samples, statistics constant for the last fifth; folds for inference"
         setting = f"norm=renorm norm.frozen_last={FROZEN_SHARE}"
         options.append(_Option(setting, "renorm", 1, why, b, FROZEN_SHARE))
-    if b > GHOST_ABOVE and b % case.aim == 0:
-        setting = f"norm=ghost norm.normalization_batch={case.aim}"
-        options.append(_Option(setting, "ghost", 1, f"parts of {case.aim} samples", case.aim))
+    size = case.normalization_batch if case.exact else case.aim
+    if b > (size if case.exact else GHOST_ABOVE) and b % size == 0 and size > 1:
+        setting = f"norm=ghost norm.normalization_batch={size}"
+        options.append(_Option(setting, "ghost", 1, f"parts of {size} samples", size))
     return options
 
 
@@ -127,7 +146,7 @@ def _beside(case: Case, spec: NormSpec) -> tuple[Alternative, ...]:
     """Name what goes with a decision rather than replaces it."""
     beside = []
     if spec.kind == "frozen" and case.pretrained:
-        setting, why = 'norm.layers={"head.*": group}', "GroupNorm in new heads: +0.9 box AP on COCO"
+        setting, why = "'norm.layers={head.*: group}'", "GroupNorm in new heads: +0.9 box AP on COCO"
         beside.append(Alternative(setting, why, cost_ms=0.0))
     if case.memory_bound and spec.kind in BATCH_KINDS:
         why = "recomputes activations instead of keeping them; statistics move once all the same"

@@ -1,6 +1,7 @@
 """Answers to a request for one kind of norm, for ranks, or for an exact number of samples."""
 
 import dataclasses
+import re
 
 from distnorm.errors import ConfigError, divisors_in_words
 from distnorm.policy.case import Case, divisors
@@ -9,6 +10,13 @@ from distnorm.spec import BATCH_KINDS, NormSpec
 
 def obey_ranks(case: Case) -> NormSpec:
     """Answer `auto` with ranks: the ranks were asked for, the kind was not."""
+    reached = int(case.sync_ranks or 1) * case.device_batch
+    if case.exact and reached != case.normalization_batch:
+        raise ConfigError(
+            f"norm.sync_ranks={case.sync_ranks} gives a normalization batch of {reached}, and norm.exact=true orders "
+            f"norm.normalization_batch={case.normalization_batch}.\n"
+            f"Leave norm.sync_ranks out, or use norm.normalization_batch={reached}.",
+        )
     spec = obey(dataclasses.replace(case, kind="sync"))
     return dataclasses.replace(spec, reasons=spec.reasons[1:])
 
@@ -21,7 +29,9 @@ def obey(case: Case) -> NormSpec:
     """
     asked = f"norm.kind={case.kind} was asked for"
     if case.kind not in BATCH_KINDS:
-        return NormSpec(case.kind, 1, reasons=(asked,))
+        constants = "constants 0 and 1, as without norms, unless the model's statistics were learned (norm.pretrained)"
+        is_fresh = case.kind == "frozen" and not case.pretrained
+        return NormSpec(case.kind, 1, reasons=(asked, *(constants,) * is_fresh))
     b, ranks = case.device_batch, _ranks(case)
     if case.kind == "ghost":
         ghost = ghost_size("norm.kind=ghost", case, min(case.normalization_batch, b))
@@ -46,10 +56,15 @@ def _ranks(case: Case) -> int:
 def ghost_size(setting: str, case: Case, ghost: int) -> int:
     """Check that ghosts of this size part the device batch, with a variance each."""
     b = case.device_batch
+    if b < 2:
+        raise ConfigError(
+            f"{setting} with device_batch={b}: a ghost needs 2 samples of one device.\n"
+            "Use a data.device_batch of at least 2, or norm=instance, that normalizes each sample alone.",
+        )
     if b % ghost:
         raise ConfigError(
             f"{setting} cannot part device_batch={b} into ghosts of norm.normalization_batch={ghost}.\n"
-            f"Use a divisor of {b}: {divisors_in_words(b)}.",
+            f"Use a divisor of {b}: {re.sub('^1(, | or )', '', divisors_in_words(b))}.",
         )
     if ghost < 2:
         raise ConfigError(
@@ -61,10 +76,11 @@ def ghost_size(setting: str, case: Case, ghost: int) -> int:
 
 def _held_to_exact(case: Case, spec: NormSpec) -> NormSpec:
     if case.exact and spec.normalization_batch != case.normalization_batch:
+        without = " without norm.sync_ranks" if case.sync_ranks is not None else ""
         raise ConfigError(
             f"norm.kind={case.kind} gives a normalization batch of {spec.normalization_batch}, and norm.exact=true "
             f"orders norm.normalization_batch={case.normalization_batch}.\n"
-            f"Use norm=auto, or norm.normalization_batch={spec.normalization_batch}.",
+            f"Use norm=auto{without}, or norm.normalization_batch={spec.normalization_batch}.",
         )
     return spec
 
@@ -77,13 +93,15 @@ def reach_exactly(case: Case) -> NormSpec:
     """
     b, asked = case.device_batch, case.normalization_batch
     if asked == b > 1:
-        return NormSpec("batch", b, reasons=(f"device batch {b} is exactly the normalization batch asked for",))
+        why = f"device batch {b} is exactly the normalization batch asked for"
+        return NormSpec("batch", b, reasons=(why, *_overridden(case, 1)))
     if b % asked == 0 and asked > 1:
         why = f"exact: device batch {b} is split in {b // asked} ghost batches of {asked}"
-        return NormSpec("ghost", asked, ghost_batch=asked, reasons=(why,))
+        return NormSpec("ghost", asked, ghost_batch=asked, reasons=(why, *_overridden(case, 1)))
     if asked % b == 0 and asked > 1 and case.world_size % (asked // b) == 0:
-        why = f"exact: {asked // b} ranks × device batch {b} = {asked}"
-        return NormSpec("sync", asked, sync_ranks=asked // b, reasons=(why,))
+        ranks = asked // b
+        why = f"exact: {ranks} ranks × device batch {b} = {asked}"
+        return NormSpec("sync", asked, sync_ranks=ranks, reasons=(why, *_overridden(case, ranks)))
     possible = {d for d in divisors(b) if d > 1} | {b * g for g in case.divisors if b * g > 1}
     numbers = ", ".join(map(str, sorted(possible))) or "a larger data.device_batch"
     raise ConfigError(
@@ -91,3 +109,14 @@ def reach_exactly(case: Case) -> NormSpec:
         f"ghosts need a divisor of {b} from 2 on, sync a multiple that divides the ranks.\n"
         f"Use {numbers}; or norm.exact=false.",
     )
+
+
+def _overridden(case: Case, ranks: int) -> tuple[str, ...]:
+    """Warn of what an exact number comes before, and what that costs."""
+    if ranks == case.world_size > 1:
+        return ()
+    part = f"{case.normalization_batch} samples of {ranks} of {case.world_size} ranks share statistics"
+    sorted_shards = f"norm.exact=true comes before norm.iid=false: {part}, and fit that part of the mixture only"
+    contrast = f"norm.exact=true comes before norm.task=contrastive: {part}, and the loss can read them"
+    compares = case.task == "contrastive" and case.world_size > 1
+    return (sorted_shards,) * (not case.iid) + (contrast,) * compares

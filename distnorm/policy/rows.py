@@ -48,14 +48,18 @@ def _share_contrast(case: Case) -> NormSpec | None:
         return None
     b = case.device_batch
     leak = "contrastive: statistics of one device's samples would tell the loss which belong together"
-    if case.reachable < 2:
-        return NormSpec("group", 1, reasons=(leak, "one rank with one sample has no batch"), evidence=cite("alone"))
+    if case.reachable < case.least:
+        few = "one rank with one sample has no batch" if case.reachable == 1 else f"{_all_reach(case)} < {case.least}"
+        return NormSpec("group", 1, reasons=(leak, f"{few}: each sample alone"), evidence=cite("alone"))
     if case.world_size == 1:
         why = "contrastive: one rank, so all samples share statistics and none leaks"
         return NormSpec("batch", b, reasons=(why,), evidence=cite("leak"))
     aim = max(CONTRAST, case.aim)
     shared = [g for g in case.divisors if g > 1]
     ranks = next((g for g in shared if g * b >= aim and case.iid), case.world_size)
+    if case.is_too_far(ranks):
+        far = f"{_too_far(case, ranks)}: each sample alone (norm=sync insists)"
+        return NormSpec("group", 1, reasons=(leak, far), evidence=cite("alone", *_costs(case, ranks)))
     how = f"{ranks} × {b} = {ranks * b} ≥ {aim}"
     if ranks * b < aim:
         how = f"all {ranks} ranks reach {ranks * b} samples, {aim - ranks * b} short of {aim}: enlarge the device batch"
@@ -68,10 +72,14 @@ def _mix_domains(case: Case) -> NormSpec | None:
         return None
     first = "shards differ: shuffle them first (fix the sampler); statistics of a part would fit that part only"
     found = cite("sorted")
-    if case.world_size > 1 and case.reachable >= case.least:
+    is_far = case.is_too_far(case.world_size)
+    if case.world_size > 1 and case.reachable >= case.least and not is_far:
         how = f"all {case.world_size} ranks together, {case.reachable} samples, see the whole mixture"
         return NormSpec("sync", case.reachable, sync_ranks=case.world_size, reasons=(first, how), evidence=found)
     why = "one rank alone sees its own order" if case.world_size == 1 else f"{_all_reach(case)} < {case.least}"
+    if case.reachable >= case.least and is_far:
+        why = f"{_too_far(case, case.world_size)} (norm=sync insists)"
+        found += cite(*_costs(case, case.world_size))
     kind = "group" if case.pretrained else "group_ws"
     return NormSpec(kind, 1, reasons=(first, f"{why}: each sample alone"), evidence=found + cite("alone"))
 
@@ -136,9 +144,8 @@ def _sync_over_nodes(case: Case) -> NormSpec | None:
     reached, nodes = ranks * case.device_batch, case.nodes_of(ranks)
     budget = f"{_price(case, ranks)} ≤ {case.max_overhead:.0%}"
     how = f"{ranks} × {case.device_batch} = {reached}, over {nodes} nodes: {budget}"
-    return NormSpec(
-        "sync", reached, sync_ranks=ranks, reasons=(_too_few(case), how), evidence=cite("batch-size", "cost")
-    )
+    evidence = cite("batch-size", *_costs(case, ranks))
+    return NormSpec("sync", reached, sync_ranks=ranks, reasons=(_too_few(case), how), evidence=evidence)
 
 
 def _renormalize(case: Case) -> NormSpec | None:
@@ -197,6 +204,19 @@ def out_of_reach(case: Case) -> tuple[str, ...]:
 def _price(case: Case, ranks: int) -> str:
     step = f"{case.step_ms:g} ms step" if case.step_ms else f"{REFERENCE_STEP_MS:g} ms step (assumed; norm.step_ms)"
     return f"{case.cost_of(ranks):.1f} ms are {case.overhead_of(ranks):.0%} of a {step}"
+
+
+def _too_far(case: Case, ranks: int) -> str:
+    """Say what synchronizing over so many ranks of several nodes would take, and the limit that it passes."""
+    needs = f"sync over {ranks} ranks of {case.nodes_of(ranks)} nodes: {_price(case, ranks)}"
+    if case.internode_latency_us > FAST_US:
+        return f"{needs}, {case.internode_latency_us:g} µs a hop > {FAST_US:g} µs"
+    return f"{needs} > {case.max_overhead:.0%}"
+
+
+def _costs(case: Case, ranks: int) -> tuple[str, ...]:
+    """Find the evidence of what exchanges take: inside a node, or over several."""
+    return ("cost-nodes",) if case.nodes_of(ranks) > 1 else ("cost",)
 
 
 def _too_few(case: Case) -> str:

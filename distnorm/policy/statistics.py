@@ -36,7 +36,31 @@ def explain_momentum(case: Case, spec: NormSpec) -> tuple[str, ...]:
     held = _two_digits(a_step * (2 - momentum) / momentum)
     groups = case.world_size // spec.sync_ranks
     pooled = f", those of {groups} pooled {groups * held}" if groups > 1 else ""
-    return (f"momentum {momentum:.2g}: a running average holds {held} samples{pooled}",)
+    start = "the pretrained ones" if case.pretrained else "its start (0 and 1)"
+    forgets = f"and takes about {_two_digits(1 / momentum)} steps to forget {start}"
+    return (f"momentum {momentum:.2g}: a running average holds {held} samples{pooled}, {forgets}",)
+
+
+def explain_no_effect(case: Case, spec: NormSpec) -> tuple[str, ...]:
+    """Name what was asked for and has no meaning for layers without batch statistics."""
+    if has_batch_statistics(spec):
+        return ()
+    asked = {
+        "momentum": case.momentum if case.momentum != "auto" else None,
+        "evaluation": case.evaluation if case.evaluation not in {"auto", "running"} else None,
+        "frozen_last": case.frozen_last or None,
+        "exact": "true" if case.exact else None,
+    }
+    named = [f"norm.{name}={value}" for name, value in asked.items() if value is not None]
+    have = "has no effect" if len(named) == 1 else "have no effect"
+    return (f"{' and '.join(named)} {have}: norm={spec.kind} shares no statistics, and keeps none running",) * bool(
+        named
+    )
+
+
+def has_batch_statistics(spec: NormSpec) -> bool:
+    """Tell whether any layer normalizes by a batch."""
+    return bool(_batch_statistics(spec))
 
 
 def _two_digits(number: float) -> int:

@@ -3,10 +3,12 @@
 import dataclasses
 import textwrap
 
-from distnorm.spec import Alternative, NormSpec
+from distnorm.policy.statistics import has_batch_statistics
+from distnorm.spec import BATCH_KINDS, Alternative, NormSpec
 
 WIDTH = 110
 _MARGIN = 14
+_NORMS_OF = {"vector": "norms of vectors"}
 
 
 def render(spec: NormSpec) -> str:
@@ -22,7 +24,7 @@ def render(spec: NormSpec) -> str:
         ("because", spec.reasons),
         ("evidence", spec.evidence),
         ("layers", _layers(spec)),
-        ("momentum", ("each layer's own" if spec.momentum is None else f"{spec.momentum:g}",)),
+        ("momentum", (_momentum(spec),)),
         ("evaluation", (_evaluation(spec),)),
         ("predicted", (f"{_points(spec.penalty)} points below the best, {_time(spec.cost_ms)} ms a step to exchange",)),
         ("instead", _alternatives(spec.alternatives)),
@@ -38,7 +40,10 @@ def _row(name: str, texts: tuple[str, ...]) -> list[str]:
 
 
 def _layers(spec: NormSpec) -> tuple[str, ...]:
-    changes = {**spec.layers, **{f"{dimension} norms": change for dimension, change in spec.per_kind.items()}}
+    changes = {
+        **spec.layers,
+        **{_NORMS_OF.get(dimension, dimension): change for dimension, change in spec.per_kind.items()},
+    }
     plain = dataclasses.replace(spec, layers={}, per_kind={})
     lines = [f"{which}: {dataclasses.replace(plain, **change).in_words()}" for which, change in changes.items()]
     lines += [f"only {', '.join(spec.include)}"] if spec.include != ("*",) else []
@@ -46,7 +51,19 @@ def _layers(spec: NormSpec) -> tuple[str, ...]:
     return tuple(lines) or ("all alike",)
 
 
+def _momentum(spec: NormSpec) -> str:
+    if spec.kind not in BATCH_KINDS:
+        return _none(spec)
+    return "each layer's own" if spec.momentum is None else f"{spec.momentum:g}"
+
+
+def _none(spec: NormSpec) -> str:
+    return "none: constants" if spec.kind == "frozen" else "none: no running statistics"
+
+
 def _evaluation(spec: NormSpec) -> str:
+    if not has_batch_statistics(spec):
+        return _none(spec)
     texts = {
         "running": "running statistics",
         "pooled": "running statistics of all ranks, pooled",
