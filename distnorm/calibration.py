@@ -51,7 +51,8 @@ def calibrate(
     the very running statistics that are replaced; ghosts and groups of ranks stay what they are. `FrozenBatchNorm` is
     constant and has no part. All other layers are in eval mode: dropout would add a variance that evaluation has not.
 
-    The model is left as it was, whatever happens: parameters, buffers, modes, hooks, and every random stream.
+    The model is left as it was, whatever happens: parameters, buffers, modes, hooks, attributes that its forward binds
+    anew, and every random stream. What a forward changes inside an attribute, e.g. a list it appends to, stays.
 
     Args:
         model: with batch norms that keep running statistics, the same on every rank; not wrapped in DDP.

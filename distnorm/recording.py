@@ -4,6 +4,7 @@ Legend: N samples, C channels, T rows of running statistics (time steps; else 1)
 """
 
 import contextlib
+import operator
 import random
 import sys
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.moments import Moments
 from distnorm.norms.base import OF_ONE_STEP
+from distnorm.norms.kept import kept
 from distnorm.norms.renorm import BatchRenorm
 
 
 class Recorder:
     """Merges the moments of all that one layer is given; a forward hook.
 
-    A layer whose running statistics have a row a time step, [T, C], says the step as an integer argument; steps beyond
-    the last row share that one.
+    A layer whose running statistics have a row a time step, [T, C], says the step as an integer argument, of Python,
+    numpy or torch; steps beyond the last row share that one.
     """
 
     def __init__(self, layer: _BatchNorm) -> None:
@@ -38,7 +40,7 @@ class Recorder:
         given = [*args, *kwargs.values()]
         x: Tensor = kwargs.get("input", given[0])
         mask = next((value for value in given if isinstance(value, Tensor) and value.dtype == torch.bool), None)
-        row = next((value for value in given if isinstance(value, int)), 0)
+        row = next((step for step in map(_step, given) if step is not None), 0)
         if mask is not None:
             mask = mask.reshape(*mask.shape, *[1] * (x.dim() - 1 - mask.dim()))
         found, row = Moments.of(x, mask), min(row, self._last_row)
@@ -66,20 +68,26 @@ class Recorder:
         return torch.where(is_known, mean, self._mean), torch.where(is_known, var, self._var)
 
 
+def _step(value: Any) -> int | None:
+    if isinstance(value, bool) or (isinstance(value, Tensor) and (value.dim() or value.dtype == torch.bool)):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of floats too
+        return None
+
+
 @contextlib.contextmanager
 def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[str, Recorder]]:
     """Let the layers normalize with their batch's own statistics, all else evaluate, and record what they are given.
 
     On leaving, however that happens, modes, attributes, buffers, hooks and random streams are what they were.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    attributes = [(layer, dict(layer.__dict__)) for layer in layers.values()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     recorders = {name: Recorder(layer) for name, layer in layers.items()}
     handles = []
-    with _streams_kept(model), _without_compiled_code(), torch.inference_mode(False), torch.no_grad():
+    with _streams_kept(model), _without_compiled_code(), torch.inference_mode(False), torch.no_grad(), kept(model):
         try:
-            for module, _ in modes:  # not `eval()`, that some modules do more in
+            for module in model.modules():  # not `eval()`, that some modules do more in
                 module.training = False
             for name, layer in layers.items():
                 _use_batch_statistics(layer)
@@ -88,15 +96,6 @@ def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[
         finally:
             for handle in handles:
                 handle.remove()
-            for layer, before in attributes:
-                for key in layer.__dict__.keys() - before.keys():
-                    del layer.__dict__[key]
-                layer.__dict__.update(before)
-            for module, was_training in modes:
-                module.training = was_training
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
 
 
 def _use_batch_statistics(layer: _BatchNorm) -> None:
