@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.errors import ConfigError
 from distnorm.moments import Moments
 from distnorm.norms.base import OF_ONE_STEP
+from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.kept import kept
+from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.renorm import BatchRenorm
 
 
@@ -27,13 +30,32 @@ class Recorder:
     numpy or torch; steps beyond the last row share that one.
     """
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, name: str, layer: _BatchNorm) -> None:
         assert layer.running_mean is not None
         assert layer.running_var is not None
+        self._name = name
         self._mean, self._var = layer.running_mean, layer.running_var
         self._channels = self._mean.shape[-1]
         self._last_row = self._mean.numel() // self._channels - 1
         self._rows: dict[int, Moments] = {}
+
+    def refuse_one_value(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse an input that the layer would normalize to nothing, before torch does in words of its own.
+
+        Raises:
+            ConfigError: it has, or its last ghost, 1 value a channel, and no other rank adds some.
+        """
+        x = kwargs.get("input", args[0] if args else None)
+        together = isinstance(layer, AbstractNormOverRanks) and len(layer.members()) > 1
+        if not isinstance(x, Tensor) or x.dim() < 2 or together:
+            return
+        samples, run = x.shape[0], layer.ghost_batch if isinstance(layer, GhostBatchNorm) else x.shape[0]
+        if samples and (samples % run or run) * x.shape[2:].numel() == 1:
+            where = f"{samples} samples in runs of {run}" if run < samples else f"a batch of {samples} sample"
+            raise ConfigError(
+                f"calibrate() got {where}: layer {self._name!r} has 1 value a channel there, and a variance needs 2.\n"
+                "Use DataLoader(…, drop_last=True), or batches that leave no sample alone.",
+            )
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take one input in, once the layer has taken it: what does not fit has been refused."""
@@ -83,7 +105,7 @@ def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[
 
     On leaving, however that happens, modes, attributes, buffers, hooks and random streams are what they were.
     """
-    recorders = {name: Recorder(layer) for name, layer in layers.items()}
+    recorders = {name: Recorder(name, layer) for name, layer in layers.items()}
     handles = []
     with _streams_kept(model), _without_compiled_code(), torch.inference_mode(False), torch.no_grad(), kept(model):
         try:
@@ -91,6 +113,7 @@ def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[
                 module.training = False
             for name, layer in layers.items():
                 _use_batch_statistics(layer)
+                handles.append(layer.register_forward_pre_hook(recorders[name].refuse_one_value, with_kwargs=True))
                 handles.append(layer.register_forward_hook(recorders[name], with_kwargs=True))
             yield recorders
         finally:

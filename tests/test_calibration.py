@@ -414,6 +414,20 @@ NORM = nn.Sequential(nn.BatchNorm1d(3))
         ((nn.Sequential(FrozenBatchNorm(3)), []), r"no batch norm.*in Sequential[\s\S]*before fold"),
         (([torch.ones(2, 3)], NORM), r"calibrate\(\) got a list, that is not the model.*Give it the model first"),
         ((NORM, [torch.ones(2, 3)], 0), r"num_samples=0; it must be at least 1\. Give e\.g\. 1024"),
+        ((NORM, [torch.ones(2, 3)], "1024"), r"num_samples='1024'; it must be at least 1\. Give e\.g\. 1024"),
+        ((NORM, None), r"got None for its batches, that cannot be gone through\. Give a DataLoader"),
+        (
+            (NORM, [torch.ones(2, 3), torch.ones(1, 3)]),
+            r"got a batch of 1 sample: layer '0' has 1 value a channel[\s\S]*drop_last=True",
+        ),
+        (
+            (nn.Sequential(SyncBatchNorm(3)), [torch.ones(1, 3)]),
+            r"got a batch of 1 sample: layer '0' has 1 value a channel[\s\S]*drop_last=True",
+        ),
+        (
+            (nn.Sequential(GhostBatchNorm(3, 2)), [torch.ones(5, 3)]),
+            r"got 5 samples in runs of 2: layer '0' has 1 value a channel[\s\S]*leave no sample alone",
+        ),
         ((NORM, torch.ones(2, 3)), r"got one tensor \(2, 3\) for its batches\. Give a list of batches"),
         ((NORM, [("a", "b")]), r"batch of type tuple, whose first entry is no tensor[\s\S]*forward=lambda"),
         (
@@ -439,3 +453,27 @@ def wrapped():
 
 def test_a_model_in_ddp_is_refused():
     ranks.run(wrapped, world=2)
+
+
+def one_sample_a_rank():
+    return calibrate(nn.Sequential(SyncBatchNorm(1)), [torch.full((1, 1), 2.0 * collectives.rank())])
+
+
+def test_one_sample_a_rank_is_enough_where_ranks_pool():
+    for found in ranks.run(one_sample_a_rank, world=2):
+        assert (found["0.running_mean"].item(), found["0.running_var"].item()) == (1, 2)
+
+
+def empty_structures():
+    heard, original = [], collectives.agree
+    collectives.agree = lambda value, what, **rest: heard.append(what) or original(value, what, **rest)
+    try:
+        batches = [torch.randn(4, 2)] * (3 * collectives.rank())
+        calibrate(nn.Sequential(SyncBatchNorm(2)), batches)
+    finally:
+        collectives.agree = original
+    return heard
+
+
+def test_the_structure_of_an_empty_batch_is_agreed_on_once():
+    assert ranks.run(empty_structures, world=2) == [["the structure of an empty batch"]] * 2
