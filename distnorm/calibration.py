@@ -13,7 +13,7 @@ Legend: N samples, C channels, T rows of running statistics (time steps; else 1)
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ def calibrate(
     the very running statistics that are replaced; ghosts and groups of ranks stay what they are. `FrozenBatchNorm` is
     constant and has no part. All other layers are in eval mode: dropout would add a variance that evaluation has not.
 
-    The model is left as it was, whatever happens: parameters, buffers, modes, hooks, and every random stream.
+    The model is left as it was, whatever happens: parameters, buffers, modes, hooks, attributes that its forward binds
+    anew, and every random stream. What a forward changes inside an attribute, e.g. a list it appends to, stays.
 
     Args:
         model: with batch norms that keep running statistics, the same on every rank; not wrapped in DDP.
@@ -67,12 +68,15 @@ def calibrate(
         `evaluation_statistics`. A layer that no value reached is left out, and a warning names it.
 
     Collective: a round 1 gather of 5 integers over the gloo side group, and what the model's layers exchange forward;
+        where those exchange, 1 agreement on the structure of an empty batch, in the first round in which a rank has had
+        no batch yet and another has one;
         at the end 1 gather of 2C + 1 float64 numbers a layer, all layers in one. Every rank must call. Without
         synchronized layers a rank that ran out only takes part in the gathers.
 
     Raises:
-        ConfigError: the model is wrapped in DDP or has no batch norm; `num_samples` is below 1; no rank has a sample;
-            or a batch is of a type that the model's input cannot be found in.
+        ConfigError: the model is wrapped in DDP or has no batch norm; `batches` cannot be gone through; `num_samples`
+            is no number of at least 1; no rank has a sample; a batch is of a type that the model's input cannot be
+            found in; or a layer gets 1 value a channel, e.g. from a last batch of 1 sample.
         GroupError: (on all ranks alike) the batches or the model of a rank raised, or a rank did not come. Where the
             model raises between the exchanges of its layers, the others wait there for the group's timeout.
 
@@ -182,8 +186,12 @@ def _layers_of(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def _check_arguments(batches: object, num_samples: int) -> None:
-    if num_samples < 1:
-        raise ConfigError(f"calibrate() got num_samples={num_samples}; it must be at least 1. Give e.g. 1024.")
+    if not isinstance(num_samples, SupportsIndex) or int(num_samples) < 1:
+        raise ConfigError(f"calibrate() got num_samples={num_samples!r}; it must be at least 1. Give e.g. 1024.")
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise ConfigError(
+            f"calibrate() got {batches!r} for its batches, that cannot be gone through. Give a DataLoader, or [x].",
+        )
     if isinstance(batches, Tensor):
         raise ConfigError(
             f"calibrate() got one tensor {tuple(batches.shape)} for its batches. Give a list of batches: [x], or "

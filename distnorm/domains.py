@@ -12,9 +12,9 @@ Source: Li et al. 2018, adaptive batch normalization.
 """
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +29,12 @@ class DomainStatistics(dict[str, Statistics]):
     """Statistics by the name of their domain.
 
     Raises:
-        ConfigError: (when asked for) there is none of that name.
+        ConfigError: (when asked for, by [] or by `get` without a default) there is none of that name.
     """
+
+    def get(self, name: str, *default: Any) -> Any:
+        """Give the statistics of a domain, or the default: never `None` unasked, that means pooled statistics."""
+        return super().get(name, *default) if default else self[name]
 
     def __missing__(self, name: str) -> Statistics:
         raise ConfigError(
@@ -52,10 +56,10 @@ def save_statistics(path: str | Path, statistics: Mapping[str, Mapping[str, Tens
     Collective: none.
 
     Raises:
-        ConfigError: it is one set without a name, or there is none.
+        ConfigError: it is one set without a name, or there is none; a value is no tensor; or there is no such folder.
     """
     named = {name: {k: v.detach().cpu() for k, v in found.items()} for name, found in _named(statistics).items()}
-    place = Path(path)
+    place = _place(path)
     partial = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         torch.save({_ENTRY: named}, partial)
@@ -82,7 +86,9 @@ def load_statistics(path: str | Path) -> DomainStatistics:
         raise ConfigError(f"There is no file {str(path)!r}. Give the path that save_statistics() got.")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+    except OSError:
+        raise
+    except Exception:  # noqa: BLE001 — the unpickler raises whatever the bytes of another file make it do
         stored = None
     if not isinstance(stored, dict) or _ENTRY not in stored:
         raise ConfigError(
@@ -92,8 +98,31 @@ def load_statistics(path: str | Path) -> DomainStatistics:
     return DomainStatistics(stored[_ENTRY])
 
 
+def _place(path: str | Path) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(
+            f"save_statistics() got a {type(path).__name__} for the path. Give it the file first, then the statistics.",
+        )
+    place = Path(path)
+    if not place.parent.is_dir():
+        raise ConfigError(f"There is no folder {str(place.parent)!r} to save statistics in. Make it before.")
+    return place
+
+
 def _named(statistics: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
+    if not isinstance(statistics, Mapping):
+        raise ConfigError(
+            f"save_statistics() got a {type(statistics).__name__} for the statistics. Give it the file first, then "
+            '{"source": statistics}.',
+        )
     if not statistics or not all(isinstance(found, Mapping) for found in statistics.values()):
         what = "statistics without a name" if statistics else "no statistics"
         raise ConfigError(f'save_statistics() got {what}. Name them: {{"source": statistics}}.')
+    for name, found in statistics.items():
+        for key, value in found.items():
+            if not isinstance(value, Tensor):
+                raise ConfigError(
+                    f"save_statistics() got a {type(value).__name__} for {key!r} of {name!r}. Give it the tensors of "
+                    "calibrate() or pool_running_stats().",
+                )
     return statistics

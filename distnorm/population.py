@@ -109,13 +109,20 @@ def check_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None
     Collective: none.
 
     Raises:
-        ConfigError: a key that the model's batch norms do not have, or another shape.
+        ConfigError: they are no statistics; a key that the model's batch norms do not have, or another shape.
     """
+    if not isinstance(statistics, Mapping):
+        raise ConfigError(
+            f"evaluation_statistics() got {statistics!r}, that is no dictionary of statistics. Give it those of "
+            "calibrate(), or load_statistics(path)[name].",
+        )
     buffers = dict(_buffers(model))
     wrong = []
     for key, value in statistics.items():
         if key not in buffers:
             wrong.append(f"{key} is not in the model")
+        elif not isinstance(value, Tensor):
+            wrong.append(f"{key} is a {type(value).__name__}, no tensor")
         elif value.shape != buffers[key].shape:
             wrong.append(f"{key} is {list(value.shape)}, in the model {list(buffers[key].shape)}")
     if wrong:

@@ -139,6 +139,7 @@ def fingerprint(model):
     }
     hooks = {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
     learns = {k: (p.requires_grad, None if p.grad is None else p.grad.clone()) for k, p in model.named_parameters()}
+    assert not any(hasattr(m, "last") for m in model.modules())
     streams = (
         torch.get_rng_state().tolist(),
         random.getstate(),
@@ -157,17 +158,22 @@ def same(first, second):
 
 
 class Interrupt(nn.Module):
-    """Raises at its n-th forward; draws from every stream, and writes its buffer, before."""
+    """Raises at its n-th forward; before, draws from every stream, writes a buffer and binds another and attributes."""
 
     def __init__(self, at, error):
         super().__init__()
-        self.error, self.left = error, [at]
+        self.error, self.left, self.count = error, [at], 0
         self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("cache", torch.zeros(()))
 
     def forward(self, x):
         nn.functional.dropout(x, 0.5, training=True)
         self.calls += 1
+        self.count += 1
+        self.cache = x.mean()
         self.left[0] -= 1
+        if self.left[0] < 50:  # not in the forward that the test itself makes
+            self.last = x
         if self.left[0] < 0:
             raise self.error
         return x
@@ -307,10 +313,11 @@ def test_a_shared_layer_merges_all_it_is_given():
     torch.testing.assert_close(found["0.running_var"], torch.cat((x, inner)).var(0))
 
 
-def test_statistics_with_a_row_a_time_step_are_measured_a_row():
+@pytest.mark.parametrize("step", [int, np.int64, torch.tensor], ids=["int", "numpy", "torch"])
+def test_statistics_with_a_row_a_time_step_are_measured_a_row(step):
     model = nn.Sequential(RecurrentBatchNorm(2, 4))
     x = torch.randn(5, 30, 2) + torch.arange(5.0)[:, None, None] * 10
-    steps = (0, 1, 3, 4, 5)
+    steps = [step(time) for time in (0, 1, 3, 4, 5)]
     found = calibrate(model, [x], forward=lambda m, b: [m[0](part, t) for part, t in zip(b, steps, strict=True)])
     mean, var = found["0.running_mean"], found["0.running_var"]
     torch.testing.assert_close(mean[:2], x[:2].mean(1))
@@ -407,6 +414,20 @@ NORM = nn.Sequential(nn.BatchNorm1d(3))
         ((nn.Sequential(FrozenBatchNorm(3)), []), r"no batch norm.*in Sequential[\s\S]*before fold"),
         (([torch.ones(2, 3)], NORM), r"calibrate\(\) got a list, that is not the model.*Give it the model first"),
         ((NORM, [torch.ones(2, 3)], 0), r"num_samples=0; it must be at least 1\. Give e\.g\. 1024"),
+        ((NORM, [torch.ones(2, 3)], "1024"), r"num_samples='1024'; it must be at least 1\. Give e\.g\. 1024"),
+        ((NORM, None), r"got None for its batches, that cannot be gone through\. Give a DataLoader"),
+        (
+            (NORM, [torch.ones(2, 3), torch.ones(1, 3)]),
+            r"got a batch of 1 sample: layer '0' has 1 value a channel[\s\S]*drop_last=True",
+        ),
+        (
+            (nn.Sequential(SyncBatchNorm(3)), [torch.ones(1, 3)]),
+            r"got a batch of 1 sample: layer '0' has 1 value a channel[\s\S]*drop_last=True",
+        ),
+        (
+            (nn.Sequential(GhostBatchNorm(3, 2)), [torch.ones(5, 3)]),
+            r"got 5 samples in runs of 2: layer '0' has 1 value a channel[\s\S]*leave no sample alone",
+        ),
         ((NORM, torch.ones(2, 3)), r"got one tensor \(2, 3\) for its batches\. Give a list of batches"),
         ((NORM, [("a", "b")]), r"batch of type tuple, whose first entry is no tensor[\s\S]*forward=lambda"),
         (
@@ -432,3 +453,27 @@ def wrapped():
 
 def test_a_model_in_ddp_is_refused():
     ranks.run(wrapped, world=2)
+
+
+def one_sample_a_rank():
+    return calibrate(nn.Sequential(SyncBatchNorm(1)), [torch.full((1, 1), 2.0 * collectives.rank())])
+
+
+def test_one_sample_a_rank_is_enough_where_ranks_pool():
+    for found in ranks.run(one_sample_a_rank, world=2):
+        assert (found["0.running_mean"].item(), found["0.running_var"].item()) == (1, 2)
+
+
+def empty_structures():
+    heard, original = [], collectives.agree
+    collectives.agree = lambda value, what, **rest: heard.append(what) or original(value, what, **rest)
+    try:
+        batches = [torch.randn(4, 2)] * (3 * collectives.rank())
+        calibrate(nn.Sequential(SyncBatchNorm(2)), batches)
+    finally:
+        collectives.agree = original
+    return heard
+
+
+def test_the_structure_of_an_empty_batch_is_agreed_on_once():
+    assert ranks.run(empty_structures, world=2) == [["the structure of an empty batch"]] * 2

@@ -112,3 +112,54 @@ def test_files_of_something_else_are_refused(tmp_path):
             ConfigError, match=r"holds no statistics by name\. Give a file of save_statistics\(\); a run"
         ):
             load_statistics(path)
+
+
+GOOD = {"a": {"0.running_mean": torch.ones(2)}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((GOOD, "file.pt"), r"got a str for the statistics\. Give it the file first"),
+        ((GOOD, GOOD), r"got a dict for the path\. Give it the file first"),
+        (("nowhere/file.pt", GOOD), r"no folder 'nowhere' to save statistics in\. Make it before"),
+        (
+            ("file.pt", {"a": {"0.running_mean": [1.0]}}),
+            r"got a list for '0.running_mean' of 'a'\. Give it the tensors",
+        ),
+    ],
+    ids=["swapped", "path", "folder", "values"],
+)
+def test_what_cannot_be_saved_is_refused_in_words(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        save_statistics(*arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "image,label\n", "# text", "c__main__\nx\n"])
+def test_a_text_file_is_refused_in_words(tmp_path, text):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"labels\.csv' holds no statistics by name\. Give a file of save_statistics"):
+        load_statistics(tmp_path / "labels.csv")
+
+
+def test_a_name_that_is_missing_never_becomes_pooled_statistics(tmp_path):
+    save_statistics(tmp_path / "statistics.pt", {"sketch": GOOD["a"]})
+    loaded = load_statistics(tmp_path / "statistics.pt")
+    with pytest.raises(ConfigError, match=r"no statistics named 'skech', only 'sketch'\. Did you mean 'sketch'"):
+        loaded.get("skech")
+    assert loaded.get("skech", None) is None
+    assert loaded.get("sketch") is loaded["sketch"]
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ("sketch", r"got 'sketch', that is no dictionary of statistics\. Give it.*\[name\]"),
+        ({"0.running_mean": 1.0}, r"0\.running_mean is a float, no tensor\.\nUse those of calibrate"),
+    ],
+)
+def test_evaluation_takes_statistics_only(statistics, message):
+    with pytest.raises(ConfigError, match=message), evaluation_statistics(nn.Sequential(nn.BatchNorm1d(1)), statistics):
+        pass

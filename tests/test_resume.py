@@ -85,8 +85,9 @@ def test_the_same_weights_and_statistics_serve_the_batch_norms(first, kind):
     checkpoint.check_resume(last(first), NormSpec(kind, 120, ghost_batch=8))
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
+@pytest.mark.parametrize("words", ["# not a checkpoint", "image,label"])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, words):
     text = tmp_path / "README.md"
-    text.write_text("# not a checkpoint")
+    text.write_text(words)
     with pytest.raises(ConfigError, match=r"README.md' has no 'distnorm' entry: no distnorm run wrote it"):
         checkpoint.check_resume(text, decide(8, 1))

@@ -140,6 +140,29 @@ def test_modes_buffers_and_what_is_frozen_stay():
     assert not model[0]._forward_hooks
 
 
+class Counting(nn.Module):
+    """Binds a buffer and a number anew in its forward, and adds an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("cache", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.cache, self.last = x.mean(), x
+        return x
+
+
+def test_buffers_and_attributes_that_forward_binds_anew_are_brought_back():
+    model = nn.Sequential(nn.Linear(3, 4), Counting())
+    before = model[1].cache
+    weight_normalize(model, torch.randn(16, 3))
+    assert model[1].cache is before
+    assert float(before) == model[1].calls == 0
+    assert not hasattr(model[1], "last")
+
+
 class Interrupted(nn.Module):
     def forward(self, x):
         raise InterruptedError("no more")
@@ -189,6 +212,7 @@ class Unused(nn.Sequential):
         return self[0](x)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("make", "message", "remedy"),
     [
@@ -198,8 +222,10 @@ class Unused(nn.Sequential):
         (lambda: Unused(nn.Linear(3, 3), nn.Linear(3, 3)), "layer '1' did not run", "Give weight_normalize() the part"),
         (lambda: nn.ConvTranspose1d(4, 4, 1, groups=2), "is transposed with groups=2", "Use groups=1, or leave"),
         (lambda: nn.DataParallel(nn.Linear(3, 3)), "got a DataParallel model", "pass model.module"),
+        (lambda: torch.compile(nn.Linear(3, 3)), "got a OptimizedModule model", "pass model._orig_mod"),
+        (lambda: torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)), "got a scripted model", "the module it was made"),
     ],
-    ids=["none", "tied", "again", "unused", "groups", "wrapped"],
+    ids=["none", "tied", "again", "unused", "groups", "wrapped", "compiled", "scripted"],
 )
 def test_what_cannot_be_normalized_is_refused(make, message, remedy):
     model = make()

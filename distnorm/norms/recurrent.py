@@ -3,7 +3,7 @@
 Legend: N samples, C channels, T = t_max time steps with statistics of their own, * positions.
 """
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class RecurrentBatchNorm(AbstractNormOverRanks):
         of time steps: one whose sequences are over goes on with a mask, or with no samples.
 
     Raises:
-        ConfigError: `t_max` is below 1; `time` is below 0; or the ranks are named twice.
+        ConfigError: `t_max` is no number of at least 1; `time` is below 0; or the ranks are named twice.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; the mask does not fit; or the whole
             group has one value a channel.
         GroupError: a rank of the group failed, or did not come within the process group's timeout.
@@ -74,8 +74,10 @@ class RecurrentBatchNorm(AbstractNormOverRanks):
         sync_ranks: int | None = None,
         group_ranks: tuple[int, ...] | None = None,
     ) -> None:
-        if t_max < 1:
-            raise ConfigError(f"t_max={t_max} must be at least 1. Give the length of the usual training sequence.")
+        if not isinstance(t_max, SupportsIndex) or int(t_max) < 1:
+            raise ConfigError(
+                f"t_max={t_max!r} must be a number of at least 1. Give the length of the usual training sequence."
+            )
         super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
         self.t_max = t_max
         if not bias:

@@ -30,7 +30,8 @@ class BatchRenorm(AbstractNormOverRanks):
         r_limit = 1 + open * (r_max - 1)        d_limit = open * d_max
 
     A count that is loaded counts: a pretrained layer starts with open limits, one whose running statistics were reset
-    with a warmup.
+    with a warmup. The running statistics have forgotten where they started after a few times 1 / momentum steps: with a
+    smaller momentum than 0.1 give a warmup of at least about 1 / momentum, or r and d lean on their initial values.
 
     Batch and running statistics are those of `sync_ranks` ranks together. In eval mode the running statistics are used.
     On an accelerator nothing of this waits for the device.
@@ -70,9 +71,10 @@ class BatchRenorm(AbstractNormOverRanks):
         >>> layer(torch.randn(8, 3, 4, 4)).shape
         torch.Size([8, 3, 4, 4])
 
-    Source: Ioffe 2017, algorithm 1. There warmup is 5000 steps; r_max reaches 3 at step 40,000 and d_max 5 at step
-        25,000 of a long training: here both open together, and the defaults suit a run of a few thousand steps. There
-        the running average is of deviations, here of variances, as batch norm's checkpoints have them.
+    Source: Ioffe 2017, algorithm 1. The schedule is ours: both limits open together, and the defaults suit a run of a
+        few thousand steps, where the paper opens them one by one over a long training (public implementations of it
+        have a warmup of 5000 steps, r_max reaching 3 at step 40,000 and d_max 5 at step 25,000). There the running
+        average is of deviations, here of variances, as batch norm's checkpoints have them.
     """
 
     r_max: float = 3.0

@@ -16,6 +16,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from distnorm import collectives
 from distnorm.errors import ConfigError
 from distnorm.moments import Moments
+from distnorm.norms.kept import kept
+from distnorm.norms.surgery import check_model
 
 Kinds = tuple[type[nn.Module], ...]
 
@@ -39,8 +41,8 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
     first. One without a bias is given one. Lengths and directions are torch's
     (`torch.nn.utils.parametrizations.weight_norm`), new parameters: make the optimizer afterwards.
 
-    The forward runs without gradients, in the mode that the model is in; buffers are as before afterwards. Nothing is
-    changed unless it succeeds.
+    The forward runs without gradients, in the mode that the model is in; buffers and attributes are as before
+    afterwards. Nothing is changed unless it succeeds.
 
     Args:
         model: any module, not wrapped; changed in place.
@@ -56,9 +58,12 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
         and all get the initialization of the joined batch. Every rank must call, with the same weights.
 
     Raises:
-        ConfigError: `include` names other layers; the model is wrapped; has no layer of `include`; one of them is
-            normalized already, shares its weight, is transposed with groups, or did not run; the batch is empty; or a
-            channel is the same everywhere. What depends on the batch is found on all ranks alike.
+        ConfigError: `include` names other layers; the model is wrapped in DDP or FSDP, compiled or scripted; has no
+            layer of `include`; one of them is normalized already, shares its weight, is transposed with groups, or did
+            not run; the batch is empty; or a channel is the same everywhere. What depends on the batch is found on all
+            ranks alike.
+        GroupError: a rank did not come. Where the forward raises on one rank, between the exchanges of its layers, the
+            others wait there for the group's timeout.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
@@ -72,7 +77,7 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
     layers = _find(model, include)
     found: dict[nn.Module, _Initial] = {}
     arguments = batch if isinstance(batch, tuple) else (batch,)
-    with torch.no_grad(), _buffers_kept(model), _initialized(layers, found):
+    with torch.no_grad(), kept(model), _initialized(layers, found):
         model(*arguments)
     if missed := [name for name, layer in layers.items() if layer not in found]:
         raise ConfigError(
@@ -86,10 +91,7 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
 
 def _find(model: nn.Module, include: Kinds) -> dict[str, nn.Module]:
     """Collect the layers by name, and refuse what cannot be normalized."""
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise ConfigError(
-            f"weight_normalize() got a {type(model).__name__} model. Normalize before wrapping, or pass model.module.",
-        )
+    check_model(model, "weight_normalize")
     if others := [kind.__name__ for kind in include if not issubclass(kind, CONVOLUTIONS_AND_LINEARS)]:
         raise ConfigError(
             f"include names {', '.join(others)}; weight_normalize() takes convolutions and linears, and their "
@@ -123,21 +125,6 @@ def _check(name: str, layer: Any, owners: Counter[int]) -> None:
 
 def _is_transposed(layer: Any) -> bool:
     return isinstance(layer, _TRANSPOSED)
-
-
-@contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Bring every buffer back, the object and its values: a training forward moves running statistics."""
-    before = [(module, name, value, value.clone()) for module in model.modules() for name, value in _buffers(module)]
-    try:
-        yield
-    finally:
-        for module, name, value, copy in before:
-            module._buffers[name] = value.copy_(copy)  # noqa: SLF001
-
-
-def _buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return module.named_buffers(recurse=False, remove_duplicate=False)
 
 
 @contextlib.contextmanager
