@@ -116,10 +116,10 @@ class NormSpec:
             ConfigError: an unknown kind, evaluation or limit, a number out of range, or a ghost without its size.
         """
         if self.kind not in KINDS[1:]:
-            near = did_you_mean(self.kind, KINDS[1:])
+            near = did_you_mean(str(self.kind), KINDS[1:]) or " Use e.g. kind='sync'."
             raise ConfigError(f"NormSpec.kind={self.kind!r} is not one of {', '.join(KINDS[1:])}.{near}")
         if self.evaluation not in EVALUATIONS:
-            near = did_you_mean(self.evaluation, EVALUATIONS)
+            near = did_you_mean(str(self.evaluation), EVALUATIONS) or " Use e.g. evaluation='running'."
             raise ConfigError(f"NormSpec.evaluation={self.evaluation!r} is not one of {', '.join(EVALUATIONS)}.{near}")
         check_renorm(self.renorm)
         _check_numbers(self)

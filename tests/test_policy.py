@@ -319,7 +319,12 @@ def test_fine_tuning_on_few_samples_names_the_norms_of_new_heads():
         (("group", 1, 1, None, 0), "NormSpec.groups=0 must be a whole number of at least 1. Use e.g. groups=32."),
         (("batch", 8, 1, None, 32, {}, 5), "NormSpec.momentum=5 must be None or in (0, 1]. Use e.g. momentum=0.1."),
         (("batch", 8, 1, None, 32, {}, None, "running", 20), "frozen_last=20 must be a share of training, in [0, 1)."),
-        (("batch", 8, 1, None, 32, {}, None, "exact"), "evaluation='exact' is not one of running, pooled, precise."),
+        (
+            ("batch", 8, 1, None, 32, {}, None, "exact"),
+            "not one of running, pooled, precise. Use e.g. evaluation='running'.",
+        ),
+        ((3, 8), "NormSpec.kind=3 is not one of batch, "),
+        ((7, 8), "response, none. Use e.g. kind='sync'."),
     ],
 )
 def test_a_spec_that_no_layer_could_be_is_refused(values, message):

@@ -92,6 +92,7 @@ REFUSED = [
     ("norm.include=layer4", "norm.include='layer4' must be a list of globs", "Use e.g. norm.include=[layer4]."),
     ("norm.calibration_samples=0", "norm.calibration_samples=0 must be", "Use e.g. norm.calibration_samples=1024."),
     ("norm.renorm.rmax=3", "norm.renorm.rmax: there is no such key", "Did you mean 'norm.renorm.r_max'?"),
+    ("norm.layerss={a: group}", "norm.layerss: there is no such key", "Did you mean 'norm.layers'?"),
     ("norm.task=detection", "norm.task='detection' is not one of", "Use norm.task=dense."),
     ("norm.task=vae", "norm.task='vae' is not one of", "Use norm.task=generative."),
     ("norm.task=contrastiv", "norm.task='contrastiv' is not one of", "Did you mean 'contrastive'?"),

@@ -52,7 +52,7 @@ def in_words(error: Exception, conf: Path) -> str:
 
 def _unknown_key(path: str, conf: Path) -> str:
     """Suggest the key that was meant, from the keys of conf/ as they are."""
-    if path.startswith("norm.layers"):
+    if f"{path}.".startswith("norm.layers."):
         return f"{path} cannot be set so. {_LAYERS}"
     parent, _, key = path.rpartition(".")
     if parent == "trainer.lightning":
