@@ -206,3 +206,31 @@ def test_the_steps_of_several_optimizers_are_no_share_of_epochs():
 
 def test_no_share_needs_no_end():
     assert first_frozen_step(None, 0.0) == float("inf")
+
+
+def exchanges(evaluation, shared):
+    """What is exchanged by a validation after a step, and by a second one without a step between."""
+    task = Task()
+    task.model[1] = SyncBatchNorm(4) if shared else task.model[1]
+    trainer = Stub(DataLoader(task.data(), batch_size=16))
+    callback = EvaluationStatistics(spec_of(evaluation), [task.x])
+    callback.on_train_batch_start(trainer, task, None, 0)
+    heard, originals = [], (collectives.agree, collectives.gather)
+    collectives.agree = lambda value, what, **rest: heard.append("agree") or originals[0](value, what, **rest)
+    collectives.gather = lambda value, group, what: heard.append("gather") or originals[1](value, group, what)
+    try:
+        for _ in range(2):
+            callback.on_validation_start(trainer, task)
+            callback.on_validation_end(trainer, task)
+            heard.append("|")
+    finally:
+        collectives.agree, collectives.gather = originals
+    return " ".join(heard)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "shared", "expected"),
+    [("running", True, "| |"), ("pooled", True, "| |"), ("running", False, "agree gather | agree |")],
+)
+def test_what_is_exchanged_is_what_the_docstring_says(evaluation, shared, expected):
+    assert ranks.run(exchanges, evaluation, shared, world=2) == [expected] * 2
