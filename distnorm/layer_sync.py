@@ -55,7 +55,8 @@ class LayerSync(layer_sync.LayerSync):
         if spec is None and self._device_batch is not None:
             spec = decide(device_batch=self._device_batch, world_size=ranks)
         if spec is None:
-            spec = NormSpec(kind="sync", normalization_batch=0, sync_ranks=ranks, world_size=ranks)
+            # nobody said how many samples a device sees: one at the least
+            spec = NormSpec(kind="sync", normalization_batch=ranks, sync_ranks=ranks, world_size=ranks)
         self._conversion = convert(model, spec)
         return model
 
