@@ -1,5 +1,6 @@
 """Real processes: wrong input, ranks that raise or are killed, a killed run's record, and nothing left running."""
 
+import concurrent.futures
 import signal
 import subprocess
 import sys
@@ -29,13 +30,25 @@ WRONG = [
     (["model.num_classes=5"], "model.num_classes=5, and the data has 10", "Use model.num_classes=10"),
     (["optimizer.lr=fast"], "optimizer.lr='fast' must be a number", "optimizer.lr=0.1"),
 ]
+TYPED = [typed for typed, _, _ in WRONG]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """What each wrong command line ended in; two at a time, for most of it is starting Python."""
+
+    def type_in(typed):
+        return runs.train_py(*typed, folder=tmp_path_factory.mktemp("wrong") / "runs", check=False)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return dict(zip(map(tuple, TYPED), pool.map(type_in, TYPED), strict=True))
 
 
 @pytest.mark.parametrize(
     ("typed", "value", "remedy"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
 )
-def test_wrong_input_ends_in_three_lines_before_any_rank_starts(tmp_path, typed, value, remedy):
-    done, run = runs.train_py(*typed, folder=tmp_path / "runs", check=False)
+def test_wrong_input_ends_in_three_lines_before_any_rank_starts(ended, typed, value, remedy):
+    done, run = ended[tuple(typed)]
     assert done.returncode == 2
     assert run is None, "a run folder was made"
     assert done.stdout == ""

@@ -92,7 +92,7 @@ def flat(row):
     return (*row[0], *row[1:]) if isinstance(row[0], tuple) else row
 
 
-@pytest.mark.parametrize("row", map(flat, ROWS.values()), ids=ROWS)
+@pytest.mark.parametrize("row", list(map(flat, ROWS.values())), ids=ROWS)
 def test_every_row_decides_with_its_reason_and_evidence(row):
     device_batch, world, options, kind, sync_ranks, nbs, reason, evidence = row
     spec = decide(device_batch, world, **options)
