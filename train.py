@@ -36,11 +36,11 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     report.announce(settings, ranks, run, data, conversion)
 
     throughput = Throughput(settings.device_batch * ranks.world_size)
-    drift = DriftMonitor(settings.drift.interval)
+    drift = DriftMonitor(**settings.drift.model_dump(), evaluation=spec.evaluation)
     callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
-    callbacks += [drift] if settings.drift.kind != "none" else []
+    callbacks += [drift]
     loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)
     trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)
     task = build(settings.task, model=model, optimizer=build(settings.optimizer))
@@ -48,7 +48,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     seed_rank(settings.seed, ranks.rank)
     trainer.fit(task, datamodule=data, ckpt_path=settings.ckpt_path)
     tested, metrics = test(trainer, task, data, run)
-    return report.finish(settings, ranks, run, spec, tested, metrics, throughput.samples_per_s, drift.worst)
+    return report.finish(settings, ranks, run, spec, tested, metrics, throughput.samples_per_s, drift)
 
 
 if __name__ == "__main__":

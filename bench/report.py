@@ -76,6 +76,11 @@ def write(path: Path, found: Sequence[Measurement], cuda: Sequence[dict[str, Any
         "targets": [asdict(t) for t in targets(found)],
         "cuda": list(cuda),
     }
+    write_json(path, content)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write results, and the folder that they go to."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

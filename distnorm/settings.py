@@ -115,10 +115,15 @@ class TrainerSettings(_Strict):
 
 
 class DriftSettings(_Strict):
-    """Which drift measures, and how often."""
+    """Which drift measures, how often, and what an alarm does: arguments of `DriftMonitor`."""
 
-    kind: Literal["none", "light"]
+    kind: Literal["none", "light", "full"]
     interval: AtLeastOne
+    include: list[str] = Field(description="a list of globs of layer names", examples=["[layer4.*]"])
+    exclude: list[str] = Field(description="a list of globs of layer names", examples=["[head]"])
+    on_alarm: Literal["warn", "stop"]
+    worst_layers: AtLeastOne
+    gap_interval: AtLeastOne
 
 
 class LoggerSettings(_Strict):

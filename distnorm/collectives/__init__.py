@@ -4,10 +4,11 @@ A layer never holds a process group; it names its ranks (`sync_ranks` or `group_
 copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
 """
 
-from distnorm.collectives.exchange import PendingSum as PendingSum
+from distnorm.collectives.exchange import Pending as Pending
 from distnorm.collectives.exchange import agree as agree
 from distnorm.collectives.exchange import gather as gather
 from distnorm.collectives.exchange import raise_named as raise_named
+from distnorm.collectives.exchange import start_gather as start_gather
 from distnorm.collectives.exchange import start_notice as start_notice
 from distnorm.collectives.exchange import start_sum as start_sum
 from distnorm.collectives.groups import adopt as adopt

@@ -36,9 +36,7 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     if len(ranks) == 1:
         return values.unsqueeze(0)
     rows_RK = values.new_empty(len(ranks) * values.numel())
-    place = positions.enter(what, ranks)
-    if is_debugging():
-        _check_same_place(values, ranks, what)
+    place = _enter(values, ranks, what)
     try:
         _all_gather(rows_RK, values.contiguous(), group=group_of(ranks))
     except RuntimeError as error:
@@ -47,14 +45,33 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     return rows_RK.view(len(ranks), -1)
 
 
-class PendingSum:
-    """A sum over ranks that is under way; `wait` gives the tensor that holds it."""
+def start_gather(values: Tensor, ranks: tuple[int, ...], what: str) -> "Pending":
+    """Start to gather one flat tensor of equal length from each rank; `wait` gives [len(ranks), K], as `gather` does.
+
+    Collective: 1 gather of K numbers over `ranks`.
+
+    Raises:
+        GroupError: (also from `wait`) a rank did not take part in time, or died.
+    """
+    if len(ranks) == 1:
+        return Pending(values.unsqueeze(0), None, ranks, what)
+    rows_RK = values.new_empty(len(ranks) * values.numel())
+    place, work = _enter(values, ranks, what), None
+    try:
+        work = _all_gather(rows_RK, values.contiguous(), group=group_of(ranks), async_op=True)
+    except RuntimeError as error:
+        raise_named(error, ranks, what)
+    return Pending(rows_RK.view(len(ranks), -1), work, ranks, what, place)
+
+
+class Pending:
+    """An exchange that is under way; `wait` gives the tensor that holds it."""
 
     def __init__(self, values: Tensor, work: Any, ranks: tuple[int, ...], what: str, place: int = 0) -> None:
         self._values, self._work, self._ranks, self._what, self._place = values, work, ranks, what, place
 
     def wait(self) -> Tensor:
-        """Block (on CUDA: let the stream wait) until the sum has arrived."""
+        """Block (on CUDA: let the stream wait) until the result has arrived."""
         if self._work is not None:
             try:
                 self._work.wait()
@@ -64,7 +81,7 @@ class PendingSum:
         return self._values
 
 
-def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
+def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
     """Start to sum a flat tensor over ranks, in place.
 
     Collective: 1 sum of `values.numel()` numbers over `ranks`.
@@ -74,14 +91,20 @@ def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> PendingSum:
     """
     work, place = None, 0
     if len(ranks) > 1:
-        place = positions.enter(what, ranks)
-        if is_debugging():
-            _check_same_place(values, ranks, what)
+        place = _enter(values, ranks, what)
         try:
             work = dist.all_reduce(values, group=group_of(ranks), async_op=True)
         except RuntimeError as error:
             raise_named(error, ranks, what)
-    return PendingSum(values, work, ranks, what, place)
+    return Pending(values, work, ranks, what, place)
+
+
+def _enter(values: Tensor, ranks: tuple[int, ...], what: str) -> int:
+    """Note where this rank is, and under `debug` compare it with the others."""
+    place = positions.enter(what, ranks)
+    if is_debugging():
+        _check_same_place(values, ranks, what)
+    return place
 
 
 def agree(value: Any, what: str, *, call_roll: bool = False) -> list[Any]:

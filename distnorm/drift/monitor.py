@@ -1,80 +1,88 @@
-"""The drift monitor: a Lightning callback that measures every batch norm with running statistics, once an interval.
-
-Cost. Layers synchronized over a world of up to 16 ranks hand over the moments that their forward gathered anyway. All
-others join one packed gather an interval. Between intervals a hook returns at once. One device-to-host copy an
-interval.
-
-Legend: C channels, R ranks, B blocks of ranks that share statistics, K = 2C + 1 packed moments.
-"""
+"""The drift monitor: a Lightning callback that watches a training, and evaluates with the statistics in doubt."""
 
 import collections
 import dataclasses
-from typing import Any
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from distnorm import collectives
-from distnorm.convert import normalization_layers
-from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, excess_jeffreys, jeffreys_floor
-from distnorm.moments import Moments
-from distnorm.norms import pooling
-from distnorm.norms.over_ranks import AbstractNormOverRanks
+from distnorm.drift.catalogue import BY_KEY, MEASURES
+from distnorm.drift.events import Event, Measurement
+from distnorm.drift.gap import attribute, train_eval_gap
+from distnorm.drift.shift import EvaluationShift
+from distnorm.drift.watch import DriftWatch
+from distnorm.population import pool_running_stats
 
-_WINDOW = 25
-_FEWEST_TIMES = 5
+_log = logging.getLogger(__name__)
 _RECENT = 10
+_SILENT = {
+    "running": (),
+    "pooled": ("rank_spread",),
+    "precise": ("rank_spread", "lag", "estimator_samples"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class WorstDrift:
-    """The layer furthest off in the last measurements: mean excess Jeffreys divergence, in nats."""
+    """The layer furthest off in the last measurements: median excess Jeffreys divergence, in nats."""
 
     value: float
     layer: str
 
 
-@dataclasses.dataclass
-class _Watched:
-    """One layer, and what its forward left in a step that is measured."""
-
-    name: str
-    layer: _BatchNorm
-    reference: Tensor | None = None  # [2C] running mean and variance before the step
-    own: Tensor | None = None  # [K] this rank's batch
-    positions: int = 1
-    windows: tuple[Moments | None, Moments] | None = None
-
-    def forget(self) -> None:
-        self.reference = self.own = None
-
-
 class DriftMonitor(Callback):
-    """Log how far each layer's batch is from its running statistics, and the ranks from each other.
+    """Watch the statistics of every norm while a Trainer trains; see `DriftWatch` and docs/drift.md.
 
-    Logged as `drift/<layer>/jeffreys` (mean over channels of the excess Jeffreys divergence, nats),
-    `drift/<layer>/jeffreys_max` (its worst channel) and `drift/<layer>/between_ranks` (persistent between-rank ratio,
-    median over channels; from the 5th measurement on, with 2 ranks or more). The divergence needs a normalization batch
-    of at least 4.
+    Every logger that has `take(event)` gets whole events: measurements of all layers, alarms, snapshots. All loggers
+    get numbers: `drift/worst/<measure>`, the worst layer's; `drift/<layer>/<measure>` of the layers that have lately
+    been the worst; and `drift/model/<measure>`. `full` also measures what evaluation makes of it: the shift of the
+    evaluation data's first batches against the statistics, and every `gap_interval` steps the train/eval gap of the
+    step's batch, with the layers that it comes from when it is alarming.
 
     Args:
+        kind: `light`, `full`, or `none` to do nothing.
         interval: steps between measurements.
+        include: globs of names of layers to watch; all, if empty.
+        exclude: globs of names not to watch.
+        on_alarm: `warn`, or `stop` the training an interval after an alarm; what follows training runs.
+        evaluation: what evaluation uses: `running`, `pooled` or `precise` statistics. Alarms about running averages
+            that evaluation does not use are not raised.
+        worst_layers: of how many layers numbers go to the loggers.
+        gap_interval: steps between measurements of the train/eval gap. They need a `probe_loss(model, batch)` of the
+            task, that gives mean loss and logits; a task without is not measured, which is said once.
 
-    Collective: 1 gather of 4C + 1 float numbers a layer that is not synchronized over the world (or over a world
-        of more than 16 ranks), all in one, an interval; none where all layers are. Every rank measures in the same
-        steps.
+    Collective: that of `DriftWatch`. `full`: 1 gather an evaluation; every `gap_interval` those of `train_eval_gap`.
     """
 
-    def __init__(self, interval: int = 10) -> None:
-        self.interval = interval
-        self._watched: list[_Watched] = []
-        self._handles: list[Any] = []
-        self._measuring = False
+    def __init__(
+        self,
+        kind: Literal["none", "light", "full"] = "light",
+        interval: int = 10,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        on_alarm: Literal["warn", "stop"] = "warn",
+        evaluation: str = "running",
+        worst_layers: int = 5,
+        gap_interval: int = 100,
+    ) -> None:
+        self._options: dict[str, Any] = {"kind": kind, "interval": interval, "include": include, "exclude": exclude}
+        self._options |= {"on_alarm": on_alarm, "silent": _SILENT.get(evaluation, ())}
+        self._kind, self._evaluation = kind, evaluation
+        self._worst_layers, self._gap_interval = worst_layers, gap_interval
+        self._watch: DriftWatch | None = None
+        self._trainer: pl.Trainer | None = None
         self._steps_before = 0
+        self._severity: dict[str, float] = {}
         self._recent: dict[str, collections.deque[float]] = {}
+        self._shift: EvaluationShift | None = None
+        self._cannot_probe = False
 
     @property
     def worst(self) -> WorstDrift | None:
@@ -85,164 +93,162 @@ class DriftMonitor(Callback):
         layer = max(means, key=means.__getitem__)
         return WorstDrift(means[layer], layer)
 
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """Messages of the alarms that stand; on rank 0."""
+        return () if self._watch is None else tuple(alarm.message for alarm in self._watch.alarms.raised)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether an alarm ended the training."""
+        return self._watch is not None and self._watch.is_stopped
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the layers."""
-        self._watched = [
-            _Watched(name.removeprefix("model."), layer) for name, layer in normalization_layers(pl_module)
-        ]
-        self._handles = [w.layer.register_forward_pre_hook(self._hook_of(w)) for w in self._watched]
-
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let go of them."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of them."""
-        self.on_fit_end(trainer, pl_module)
+        if self._kind == "none":
+            return
+        self._trainer = trainer
+        sinks = [logger for logger in trainer.loggers if hasattr(logger, "take")] if trainer.is_global_zero else []
+        self._watch = DriftWatch(pl_module, [*sinks, self], **self._options)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether this step is measured; alike on every rank."""
         self._steps_before = trainer.global_step
-        self._measuring = (trainer.global_step + 1) % self.interval == 0
-        for watched in self._watched:
-            watched.forget()
+        if self._watch is not None:
+            self._watch.begin(trainer.global_step + 1)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare, and log from rank 0, when the optimizer has stepped."""
-        if self._measuring and trainer.global_step > self._steps_before:
-            values = self._measure()
-            for logger in trainer.loggers if trainer.is_global_zero and values else ():
-                logger.log_metrics(values, step=trainer.global_step)
-        self._measuring = False
+        """Measure, when the optimizer has stepped."""
+        step = trainer.global_step
+        if self._watch is None or step == self._steps_before:
+            return
+        self._watch.end(step)
+        if self._kind == "full" and step % self._gap_interval == 0:
+            self._measure_gap(self._watch, step, pl_module, batch)
+        if self._watch.is_stopped:
+            trainer.should_stop = True
 
-    def _hook_of(self, watched: _Watched) -> Any:
-        @torch.no_grad()
-        def look(layer: _BatchNorm, args: tuple[Tensor, ...]) -> None:
-            if not self._measuring or not layer.training or watched.own is not None:
-                return
-            x = args[0]
-            watched.reference = _reference(watched)
-            watched.positions = x.shape[2:].numel()
-            if not 1 < _block_size(layer) <= pooling.GATHER_UP_TO:
-                watched.own = Moments.of(x).pack()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish what is under way, and let go of the layers."""
+        if self._watch is not None:
+            self._watch.close()
 
-        return look
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Keep the last snapshot, and let go of the layers."""
+        if self._watch is not None:
+            self._watch.abandon()
+        self._shift = None
 
-    def _measure(self) -> dict[str, float]:
-        """Bring all ranks' moments together, and compute and name the numbers on rank 0, on the CPU in float64."""
-        rows = self._gathered() | self._free()
-        if collectives.rank() or not rows:
-            return {}
-        # One copy to the host for all layers.
-        flat = torch.cat([part.flatten().double() for pair in rows.values() for part in pair]).cpu()
-        parts = iter(torch.split(flat, [part.numel() for pair in rows.values() for part in pair]))
-        by_name = {watched.name: watched for watched in self._watched}
-        numbers: dict[str, float] = {}
-        for name, (moments_RK, _) in rows.items():
-            ranks = len(moments_RK)
-            numbers |= self._compare(by_name[name], next(parts).view(ranks, -1), next(parts).view(ranks, -1))
-        return self._keep(numbers)
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the evaluation data, once the statistics of evaluation are in place."""
+        if self._kind == "full" and self._watch is not None and not trainer.sanity_checking:
+            self._shift = EvaluationShift(pl_module, self._watch.names)
 
-    def _gathered(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Gather the layers that do not gather from all ranks themselves; one that was not reached here sends zeros."""
-        watched = [w for w in self._watched if w.layer.training and not _gathers_from_all(w.layer)]
-        if not watched:
-            return {}
-        parts = [torch.cat((_own_moments(w), _reference(w))).double() for w in watched]
-        everyone = tuple(range(collectives.world_size()))
-        packed = collectives.gather(torch.cat(parts), everyone, "the drift monitor")
-        columns = torch.split(packed, [len(part) for part in parts], 1)
-        widths = [2 * w.layer.num_features for w in watched]
-        return {
-            w.name: (column[:, :-width], column[:, -width:])
-            for w, column, width in zip(watched, columns, widths, strict=True)
-        }
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
+        """Make ready for a batch."""
+        if self._shift is not None:
+            self._shift.begin_batch()
 
-    def _free(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Take the moments of all ranks that layers synchronized over the world have gathered in their forward."""
-        return {
-            w.name: (w.layer.rank_moments, w.reference.expand(len(w.layer.rank_moments), -1))
-            for w in self._watched
-            if isinstance(w.layer, AbstractNormOverRanks) and _gathers_from_all(w.layer)
-            if w.reference is not None and w.layer.rank_moments is not None
-        }
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Take a batch in."""
+        if self._shift is not None:
+            self._shift.end_batch()
 
-    def _compare(self, watched: _Watched, moments_RK: Tensor, reference_R2C: Tensor) -> dict[str, float]:
-        groups = _groups(watched.layer, len(moments_RK))
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare the evaluation data with the statistics."""
+        shift, self._shift = self._shift, None
+        values = None if shift is None else shift.finish()
+        if values is not None and self._watch is not None:
+            self._watch.take_values(trainer.global_step, values)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the test data likewise."""
+        self._trainer = trainer
+        self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_start(self, *_: Any, **__: Any) -> None:
+        """Make ready for a batch."""
+        self.on_validation_batch_start()
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Take a batch in."""
+        self.on_validation_batch_end()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare."""
+        self.on_validation_end(trainer, pl_module)
+
+    def take(self, event: Event) -> None:
+        """Log the numbers of a measurement."""
+        if not isinstance(event, Measurement) or self._watch is None:
+            return
+        self._keep(event, self._watch.names)
+        self._log(event.step, self._scalars(event, self._watch.names))
+
+    def _log(self, step: int, scalars: Mapping[str, float]) -> None:
+        if scalars and self._trainer is not None and self._trainer.is_global_zero:
+            for logger in self._trainer.loggers:
+                logger.log_metrics(dict(scalars), step=step)
+
+    def _keep(self, event: Measurement, names: Sequence[str]) -> None:
+        """Remember who was bad lately."""
+        for name, value in zip(names, event.values.get("jeffreys", ()), strict=False):
+            if not math.isnan(value):
+                self._recent.setdefault(name, collections.deque(maxlen=_RECENT)).append(value)
+        for index, name in enumerate(names):
+            now = max((_severity(key, row[index]) for key, row in event.values.items()), default=0.0)
+            self._severity[name] = 0.9 * self._severity.get(name, now) + 0.1 * now
+
+    def _scalars(self, event: Measurement, names: Sequence[str]) -> dict[str, float]:
         scalars: dict[str, float] = {}
-        merged = [Moments.unpack(moments_RK[list(group)]).merged().pack() for group in groups]
-        batch = Moments.unpack(torch.stack(merged))
-        samples_B = (batch.count / watched.positions).tolist()
-        if min(samples_B) >= FEWEST_SAMPLES:
-            mean_BC, var_BC = reference_R2C[[group[0] for group in groups]].chunk(2, 1)
-            floor_B = mean_BC.new_tensor([jeffreys_floor(n, watched.layer.momentum) for n in samples_B])
-            excess_C = excess_jeffreys(batch, mean_BC, var_BC, floor_B, watched.layer.eps)
-            scalars |= {"jeffreys": float(excess_C.mean()), "jeffreys_max": float(excess_C.max())}
-        over_time = self._over_time(watched, Moments.unpack(moments_RK)) if len(moments_RK) > 1 else None
-        if over_time is not None:
-            scalars["between_ranks"] = float(between_rank_ratio(over_time).median())
-        return {f"drift/{watched.name}/{key}": value for key, value in scalars.items()}
+        ranked = sorted(names, key=lambda name: self._severity.get(name, 0.0), reverse=True)
+        shown = [index for index, name in enumerate(names) if name in set(ranked[: self._worst_layers])]
+        for measure in MEASURES:
+            row = event.values.get(measure.key)
+            known = [value for value in row or () if not math.isnan(value)]
+            if row is None or not known:
+                continue
+            scalars[f"drift/worst/{measure.key}"] = (max if measure.span > measure.healthy else min)(known)
+            if measure.tier == "light":
+                scalars |= {f"drift/{names[i]}/{measure.key}": row[i] for i in shown if not math.isnan(row[i])}
+        return scalars
 
-    def _over_time(self, watched: _Watched, ranks: Moments) -> Moments | None:
-        """Add this measurement to the window of the last 25 to 50; `None` while there are too few."""
-        if not bool((ranks.count > 0).all()):
-            return None
-        means = ranks.mean
-        now = Moments(means.new_tensor(1.0), means.flatten(), torch.zeros_like(means).flatten())
-        before, current = watched.windows or (None, Moments(now.count * 0, now.mean * 0, now.m2))
-        current = current + now
-        watched.windows = (
-            (before, current) if current.count < _WINDOW else (current, Moments(now.count * 0, now.mean * 0, now.m2))
-        )
-        window = current if before is None else before + current
-        if window.count < _FEWEST_TIMES:
-            return None
-        return Moments(window.count, window.mean.view_as(means), window.m2.view_as(means))
-
-    def _keep(self, numbers: dict[str, float]) -> dict[str, float]:
-        layers = {key.split("/")[1]: value for key, value in numbers.items() if key.endswith("/jeffreys")}
-        for name, value in layers.items():
-            self._recent.setdefault(name, collections.deque(maxlen=_RECENT)).append(value)
-        worst = {"drift/worst/jeffreys": max(layers.values())} if layers else {}
-        ratios = [value for key, value in numbers.items() if key.endswith("/between_ranks")]
-        return numbers | worst | ({"drift/worst/between_ranks": max(ratios)} if ratios else {})
-
-
-def _block_size(layer: _BatchNorm) -> int:
-    return len(layer.members()) if isinstance(layer, AbstractNormOverRanks) else 1
-
-
-def _groups(layer: _BatchNorm, num_ranks: int) -> list[tuple[int, ...]]:
-    """Part the ranks into those that share statistics."""
-    if isinstance(layer, AbstractNormOverRanks) and layer.group_ranks is not None:
-        return [layer.group_ranks, *((rank,) for rank in range(num_ranks) if rank not in layer.group_ranks)]
-    size = _block_size(layer)
-    return [tuple(range(first, first + size)) for first in range(0, num_ranks, size)]
+    def _measure_gap(self, watch: DriftWatch, step: int, pl_module: pl.LightningModule, batch: Any) -> None:
+        """Measure the train/eval gap; where it is alarming, ask which layers it comes from. Alike on all ranks."""
+        loss = getattr(pl_module, "probe_loss", None)
+        if loss is None:
+            if not self._cannot_probe and pl_module.global_rank == 0:
+                _log.info(
+                    "%s has no probe_loss(model, batch): no train/eval gap is measured.", type(pl_module).__name__
+                )
+            self._cannot_probe = True
+            return
+        model = pl_module.model if isinstance(getattr(pl_module, "model", None), nn.Module) else pl_module
+        statistics = None if self._evaluation == "running" else pool_running_stats(model)
+        gap = train_eval_gap(model, batch, loss, statistics=statistics)
+        values = {"gap": gap.gap, "gap_relative": gap.relative, "flip_rate": gap.flip_rate}
+        changes = watch.alarms.check_model(step, values)
+        if any(change.state == "raised" for change in changes):
+            shares = attribute(model, batch, loss, statistics=statistics)
+            watch.take_values(step, {"gap_share": [shares.get(name, math.nan) for name in watch.names]})
+            worst = max(shares, key=shares.__getitem__, default="")
+            changes = [
+                dataclasses.replace(c, layer=worst, message=f"{c.message} Most of it comes from {worst}.")
+                for c in changes
+            ]
+        if collectives.rank() == 0:
+            self._log(step, {f"drift/model/{key}": value for key, value in values.items() if not math.isnan(value)})
+            for change in changes:
+                watch.tell(change)
 
 
-def _gathers_from_all(layer: _BatchNorm) -> bool:
-    return 1 < _block_size(layer) == collectives.world_size() <= pooling.GATHER_UP_TO
-
-
-def _own_moments(watched: _Watched) -> Tensor:
-    """Give this rank's moments: measured by the hook, or by the layer itself; zeros if it was not reached."""
-    layer = watched.layer
-    if watched.own is not None:
-        return watched.own
-    if watched.reference is not None and isinstance(layer, AbstractNormOverRanks) and layer.rank_moments is not None:
-        return layer.rank_moments[layer.members().index(collectives.rank())]
-    assert layer.running_mean is not None
-    return layer.running_mean.new_zeros(2 * layer.num_features + 1)
-
-
-def _reference(watched: _Watched) -> Tensor:
-    layer = watched.layer
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    return torch.cat((layer.running_mean, layer.running_var)) if watched.reference is None else watched.reference
+def _severity(key: str, value: float) -> float:
+    """How far a measure is towards the end of its colour scale."""
+    measure = BY_KEY.get(key)
+    if measure is None or math.isnan(value):
+        return 0.0
+    return (value - measure.healthy) / (measure.span - measure.healthy)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distnorm.conversion import Conversion
-from distnorm.drift.monitor import WorstDrift
+from distnorm.drift.monitor import DriftMonitor, WorstDrift
 from distnorm.launch import console
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
@@ -52,7 +52,7 @@ def finish(
     tested: Path,
     metrics: dict[str, float],
     samples_per_s: float | None,
-    worst: WorstDrift | None,
+    drift: DriftMonitor,
 ) -> dict[str, Any]:
     """Write `result.json`, and print the table and the folder. First rank only.
 
@@ -64,19 +64,22 @@ def finish(
         tested: the checkpoint that the metrics are of.
         metrics: of the test set.
         samples_per_s: training samples a second over all ranks.
-        worst: the layer with the worst drift at the end.
+        drift: what it saw, and whether it stopped the training.
 
     Returns:
         What `result.json` holds.
 
     Collective: none.
     """
+    worst = drift.worst
     result = {
         "metrics": metrics,
         "checkpoint": str(tested),
         "resumed_from": settings.ckpt_path,
         "samples_per_s": samples_per_s,
         "worst_drift": {"layer": worst.layer, "excess_jeffreys_nats": worst.value} if worst else None,
+        "alarms": list(drift.alarms),
+        "stopped_by_alarm": drift.has_stopped,
         "decision": spec.to_dict(),
         "seed": settings.seed,
         "world_size": ranks.world_size,
@@ -97,6 +100,7 @@ def finish(
             ("normalization", spec.in_words()),
             ("training", f"{samples_per_s:.0f} samples/s" if samples_per_s else "too short to time"),
             ("worst drift", _in_words(worst)),
+            *(("alarm", message) for message in drift.alarms),
         ],
     )
     print(run.path, flush=True)

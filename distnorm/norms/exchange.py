@@ -33,12 +33,12 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     return collectives.gather(values, ranks, what)
 
 
-def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> collectives.PendingSum:
+def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> collectives.Pending:
     """Start to sum K numbers over ranks; see `collectives.start_sum`. In a compiled graph the sum is there at once."""
     if torch.compiler.is_compiling():
         if len(ranks) > 1:
             values = torch.ops.distnorm.sum(values, ranks, what)
-        return collectives.PendingSum(values, None, ranks, what)
+        return collectives.Pending(values, None, ranks, what)
     return collectives.start_sum(values, ranks, what)
 
 

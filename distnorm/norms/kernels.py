@@ -10,7 +10,7 @@ Legend: N samples, C channels, * positions, K = 2C + 1: mean, variance and count
 import torch
 from torch import Tensor
 
-from distnorm.collectives import PendingSum
+from distnorm.collectives import Pending
 from distnorm.moments import Moments, statistics_dtype
 
 _MOST_IN_A_ROW = 2048
@@ -166,7 +166,7 @@ def input_gradient(
     scale_C: Tensor,
     mean_C: Tensor,
     invstd_C: Tensor,
-    pending: PendingSum,
+    pending: Pending,
     count: Tensor | float,
 ) -> Tensor:
     """Compute scale · (dy - sum(dy) / count - xhat · sum(dy · xhat) / count), xhat = (x - mean) · invstd.

@@ -1,0 +1,95 @@
+"""What a watched layer's measures are, in numpy, from all that every rank's layer was given: the joined data."""
+
+import numpy as np
+import scipy.stats
+
+from distnorm.drift import divergence
+from tests import reference_drift
+
+
+def measures(seen, blocks, momentum, eps=1e-5):
+    """Every measure of batch statistics at the last step, [C] each.
+
+    Args:
+        seen: by rank, by step, the input [N, C, *], and the running mean and variance [C] before the step.
+        blocks: lists of ranks that share statistics.
+        momentum: of the running statistics; `None` for constants.
+        eps: of the layer.
+    """
+    alpha = momentum or 0.0
+    own = alpha / (2 - alpha)
+    found = {}
+    by_block = [_of_block([seen[rank] for rank in block], alpha, own, eps) for block in blocks]
+    for key in by_block[0]:
+        found[key] = np.mean([block[key] for block in by_block], 0)
+    if len(seen) > 1:
+        means_KTC = np.array([[flat(x).mean(0) for x, _, _ in steps] for steps in seen])
+        found["between_ranks"] = reference_drift.between_rank_ratio(means_KTC)
+        found |= anova([steps[-1][0] for steps in seen])
+    if len(blocks) > 1:
+        found["rank_spread"] = spread([steps[-1][1:] for steps in seen], eps)
+    return found
+
+
+def _of_block(ranks, alpha, own, eps):
+    gaps, variances = [], []
+    for step in zip(*ranks, strict=True):
+        joined = np.concatenate([flat(x) for x, _, _ in step])
+        mean, var = step[0][1:]
+        gaps.append((joined.mean(0) - mean) / np.sqrt(var + eps))
+        variances.append(joined.var(0) + eps)
+    samples = sum(len(x) for x, _, _ in step)
+    floors = {kind: float(value) for kind, value in divergence.floors(samples, alpha).items()}
+    exact = reference_drift.textbook((joined.mean(0) - mean) ** 2, variances[-1], var + eps)
+    found = {kind: value - floors[kind] for kind, value in exact.items()}
+    gaps, variances = np.array(gaps), np.array(variances)
+    worth = (1 + own) / gaps.var(0, ddof=1)
+    behind = np.maximum(0, gaps.mean(0) ** 2 - gaps.var(0, ddof=1) / len(gaps))
+    return found | {
+        "lag": (1 - alpha) * np.sqrt(behind),
+        "effective_samples": worth,
+        "cv_mean": 1 / np.sqrt(worth),
+        "cv_var": variances.std(0, ddof=1) / variances.mean(0),
+        "design_effect": len(joined) / worth,
+        "estimator_sd": np.sqrt(own / worth),
+    }
+
+
+def anova(inputs):
+    """F and the intraclass correlation of one step, of samples as units, each with the variance of its values."""
+    units = [(len(x), flat(x).mean(0), flat(x).var(0)) for x in inputs]
+    total = sum(n for n, _, _ in units)
+    whole = sum(n * mean for n, mean, _ in units) / total
+    between = sum(n * (mean - whole) ** 2 for n, mean, _ in units) / (len(units) - 1)
+    within = sum(n * var for n, _, var in units) / (total - len(units))
+    size = (total - sum(n * n for n, _, _ in units) / total) / (len(units) - 1)
+    return {"f": between / within, "icc": (between - within) / (between + (size - 1) * within)}
+
+
+def spread(running, eps):
+    """The furthest rank's running statistics from the mixture of all."""
+    means, variances = (np.array(part) for part in zip(*running, strict=True))
+    variances = variances + eps
+    mean, var = means.mean(0), variances.mean(0) + means.var(0)
+    return np.max(
+        [reference_drift.textbook((m - mean) ** 2, v, var)["jeffreys"] for m, v in zip(means, variances, strict=True)],
+        0,
+    )
+
+
+def flat(x):
+    """[N, C, *] as [values, C]."""
+    return np.moveaxis(x, 1, -1).reshape(-1, x.shape[1])
+
+
+def of_layer(values_C, less_is_worse=False):
+    """Median, 95th percentile towards the worst, the worst and where it is."""
+    known = values_C[~np.isnan(values_C)]
+    tail = 5 if less_is_worse else 95
+    worst = np.nanargmin(values_C) if less_is_worse else np.nanargmax(values_C)
+    return np.median(known), np.percentile(known, tail), values_C[worst], worst
+
+
+def probability_of_relu(weight, bias):
+    """Of a normalized Gaussian channel being above 0."""
+    return scipy.stats.norm.cdf(bias / np.abs(weight))

@@ -1,0 +1,426 @@
+"""The watch: every measure of every kind of layer against numpy on the joined data, on one, two and four ranks."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from distnorm import ConfigError, FrozenBatchNorm, GhostBatchNorm, RecurrentBatchNorm, SyncBatchNorm, collectives
+from distnorm.drift.catalogue import BY_KEY, MEASURES
+from distnorm.drift.events import Alarm, Measurement, Snapshot, Watched
+from distnorm.drift.watch import DriftWatch
+from distnorm.norms import pooling
+from tests import ranks, reference_watch
+
+pytestmark = pytest.mark.unit
+
+LIGHT = {measure.key for measure in MEASURES if measure.tier == "light"}
+BATCH = {"jeffreys", "kl", "wasserstein", "bhattacharyya", "lag", "effective_samples", "cv_mean", "cv_var"}
+BATCH |= {"design_effect", "estimator_sd"}
+RANKS = {"between_ranks", "f", "icc"}
+NORMS = {
+    "local": lambda: nn.BatchNorm2d(5),
+    "world": lambda: SyncBatchNorm(5, momentum=0.3),
+    "pairs": lambda: SyncBatchNorm(5, sync_ranks=2),
+    "outer": lambda: SyncBatchNorm(5, group_ranks=(0, 3)),
+    "cumulative": lambda: nn.BatchNorm2d(5, momentum=None),
+}
+
+
+class Memory(list):
+    """Keeps events."""
+
+    take = list.append
+
+
+def noting(seen):
+    def note(layer, args):
+        if layer.training or not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+            running = [layer.running_mean, layer.running_var]
+            seen.append([tensor.detach().double().numpy().copy() for tensor in (args[0], *running)])
+
+    return note
+
+
+def watched(kinds, kind="full", steps=7, uneven=True, **options):
+    """Body: events of a watch over layers of some kinds, and what each layer was given at every step."""
+    rank = collectives.rank()
+    torch.manual_seed(rank)
+    model = nn.Sequential(*(NORMS[name]() for name in kinds))
+    memory, seen = Memory(), [[] for _ in kinds]
+    for layer, steps_of_layer in zip(model, seen, strict=True):
+        nn.init.uniform_(layer.weight), nn.init.normal_(layer.bias)
+        layer.register_forward_pre_hook(noting(steps_of_layer))
+    with DriftWatch(model, [memory], kind=kind, interval=1, **options) as watch:
+        for step in range(steps):
+            with watch.step():
+                samples = 6 + 2 * rank * uneven
+                model(torch.randn(samples, 5, 3, 2) * (1 + 0.1 * step) + 0.2 * rank + torch.arange(5)[:, None, None])
+    return list(memory), seen
+
+
+def measurements(events):
+    return [event for event in events if isinstance(event, Measurement)]
+
+
+ALONE = {1: [[0]], 2: [[0], [1]], 4: [[0], [1], [2], [3]]}
+CASES = [
+    (("local", "cumulative"), 1, {}),
+    (("local", "world"), 2, {"world": [[0, 1]]}),
+    (("world",), 2, {"world": [[0, 1]]}),
+    (("world", "pairs", "local"), 4, {"world": [[0, 1, 2, 3]], "pairs": [[0, 1], [2, 3]]}),
+    (("outer", "world"), 4, {"world": [[0, 1, 2, 3]], "outer": [[0, 3], [1], [2]]}),
+]
+
+
+def compare(found, kinds, world, blocks):
+    last = measurements(found[0][0])[-1]
+    for place, name in enumerate(kinds):
+        momentum = {"world": 0.3, "cumulative": None}.get(name, 0.1)
+        seen = [found[rank][1][place] for rank in range(world)]
+        expected = reference_watch.measures(seen, blocks.get(name, ALONE[world]), momentum)
+        assert expected.keys() == BATCH | (RANKS if world > 1 else set()) | (
+            {"rank_spread"} if len(blocks.get(name, ALONE[world])) > 1 else set()
+        )
+        for key, values_C in expected.items():
+            less = BY_KEY[key].span < BY_KEY[key].healthy
+            median, p95, worst, channel = reference_watch.of_layer(values_C, less)
+            ours = [last.values[f"{key}{part}"][place] for part in ("", ".p95", ".max")]
+            assert ours == pytest.approx(
+                [median, p95, worst], rel=2e-3 if key == "between_ranks" else 1e-4, abs=1e-6
+            ), key
+            assert last.worst_channels[key][place] == channel
+
+
+@pytest.mark.parametrize(("kinds", "world", "blocks"), CASES, ids=str)
+def test_every_measure_is_numpys_on_the_joined_data(kinds, world, blocks):
+    found = ranks.run(watched, kinds, world=world) if world > 1 else [watched(kinds)]
+    compare(found, kinds, world, blocks)
+    assert all(events == [] for events, _ in found[1:])
+
+
+def watched_summing(kinds):
+    """Body: as in a world of more than 16 ranks, where a layer sums and has no rank's moments."""
+    largest, pooling.GATHER_UP_TO = pooling.GATHER_UP_TO, 1
+    try:
+        return watched(kinds)
+    finally:
+        pooling.GATHER_UP_TO = largest
+
+
+def test_layers_that_sum_join_the_gather():
+    found = ranks.run(watched_summing, ("world", "pairs"), world=4)
+    compare(found, ("world", "pairs"), 4, {"world": [[0, 1, 2, 3]], "pairs": [[0, 1], [2, 3]]})
+
+
+def counting(kinds, **options):
+    """Body: how many gathers the watch started, and their numbers."""
+    sizes, original = [], collectives.start_gather
+
+    def start_gather(values, group, what):
+        sizes.append(values.numel())
+        return original(values, group, what)
+
+    collectives.start_gather = start_gather
+    try:
+        watched(kinds, steps=6, **options)
+    finally:
+        collectives.start_gather = original
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "sizes"),
+    [
+        (("world", "world"), {}, []),
+        (("world", "local"), {}, [4 * 5 + 2 + 1] * 6),
+        (("local", "local"), {"kind": "light"}, [4 * 10 + 4 + 1] * 6),
+        (("world", "world"), {"on_alarm": "stop"}, [1] * 6),
+    ],
+    ids=str,
+)
+def test_an_interval_has_at_most_one_gather_of_the_promised_size(kinds, options, sizes):
+    assert ranks.run(counting, kinds, **options, world=2) == [sizes] * 2
+
+
+def test_light_has_the_light_measures_and_full_all_that_need_no_evaluation():
+    light, full = (measurements(watched(("local",), kind=kind)[0])[-1] for kind in ("light", "full"))
+    alone = {"between_ranks", "rank_spread", "f", "icc"}
+    of_evaluation = {"precise_jeffreys", "precise_ratio", "shift", "gap_share", "covariate_shift"}
+    assert {key for key in light.values if "." not in key} == LIGHT - alone
+    assert {key for key in full.values if "." not in key} == set(BY_KEY) - alone - of_evaluation
+
+
+def test_measurements_come_once_an_interval_in_the_layers_order():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    memory = Memory()
+    with DriftWatch(model, [memory], interval=3) as watch:
+        for _ in range(10):
+            with watch.step():
+                model(torch.randn(8, 3))
+    first, *rest = memory
+    assert isinstance(first, Watched)
+    assert [(layer.name, layer.kind, layer.channels, layer.samples) for layer in first.layers] == [
+        ("0", "BatchNorm1d", 3, 8), ("2", "BatchNorm1d", 4, 8),
+    ]  # fmt: skip
+    assert (first.world_size, first.interval) == (1, 3)
+    assert [event.step for event in measurements(rest)] == [3, 6, 9]
+    assert {len(row) for event in measurements(rest) for row in event.values.values()} == {2}
+    assert not [handle for layer in model for handle in layer._forward_pre_hooks]
+
+
+class Channels(nn.Module):
+    """Layers that have nothing to be compared with but their own past, and constants."""
+
+    def __init__(self):
+        super().__init__()
+        self.group, self.layer, self.frozen = nn.GroupNorm(2, 4), nn.LayerNorm(4), FrozenBatchNorm(4)
+        self.untracked = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        for layer in (self.group, self.untracked, self.frozen):
+            layer(x)
+        self.layer(x.unsqueeze(1))
+
+
+def of_samples(steps=9, drift=0.0):
+    """Body: values of norms of single samples, and each rank's inputs."""
+    torch.manual_seed(collectives.rank())
+    model, memory, inputs = Channels(), Memory(), []
+    with DriftWatch(model, [memory], interval=1, kind="full") as watch:
+        for step in range(steps):
+            inputs.append(torch.randn(16, 4) + drift * step)
+            with watch.step():
+                model(inputs[-1])
+    return list(memory), torch.stack(inputs).double().numpy()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_norms_of_single_samples_are_compared_with_their_own_past(world):
+    found = ranks.run(of_samples, 9, 0.3, world=world) if world > 1 else [of_samples(9, 0.3)]
+    joined_TNC = np.concatenate([inputs for _, inputs in found], 1)
+    last = measurements(found[0][0])[-1]
+    names = [layer.name for layer in found[0][0][0].layers]
+    past = joined_TNC[:-1].reshape(-1, 4)
+    now, samples = joined_TNC[-1], 16 * world
+    floor = reference_watch.divergence.floors(samples, 2 / 9)["jeffreys"]
+    gap = (now.mean(0) - past.mean(0)) ** 2
+    for name, eps in (("group", 1e-5), ("layer", 1e-5), ("untracked", 1e-5)):
+        exact = reference_watch.reference_drift.textbook(gap, now.var(0) + eps, past.var(0) + eps)["jeffreys"]
+        place = names.index(name)
+        assert last.values["jeffreys"][place] == pytest.approx(np.median(exact - float(floor)), rel=1e-5)
+        assert math.isnan(last.values["lag"][place])
+    place = names.index("frozen")
+    means = [inputs[-1].mean(0) for _, inputs in found]
+    blocks = [
+        reference_watch.reference_drift.textbook(mean**2, inputs[-1].var(0) + 1e-5, 1.0 + 1e-5)["jeffreys"]
+        for mean, (_, inputs) in zip(means, found, strict=True)
+    ]
+    floor = float(reference_watch.divergence.floors(16, None)["jeffreys"])
+    assert last.values["jeffreys"][place] == pytest.approx(np.median(np.mean(blocks, 0) - floor), rel=1e-5)
+
+
+def test_ghosts_are_measured_by_the_first_and_recurrent_layers_at_their_first_step():
+    torch.manual_seed(0)
+    model, memory, seen = nn.ModuleList([GhostBatchNorm(3, 4), RecurrentBatchNorm(3, 5)]), Memory(), [[], []]
+    for layer, steps in zip(model, seen, strict=True):
+        layer.register_forward_pre_hook(
+            lambda layer, args, steps=steps: steps.append(
+                [
+                    t.detach().double().reshape(-1, 3).numpy().copy()
+                    for t in (args[0], layer.running_mean, layer.running_var)
+                ]
+            )
+        )
+    with DriftWatch(model, [memory], interval=1, kind="full") as watch:
+        for _ in range(6):
+            with watch.step():
+                model[0](torch.randn(12, 3))
+                for time in range(3):
+                    model[1](torch.randn(12, 3) + time, time)
+    last = measurements(memory)[-1]
+    ghosts = [[(x[:4], mean[0], var[0]) for x, mean, var in seen[0]]]
+    first = [[(x, mean[0], var[0]) for x, mean, var in seen[1][::3]]]
+    for place, steps in enumerate((ghosts, first)):
+        expected = reference_watch.measures(steps, [[0]], 0.1)
+        for key in BATCH:
+            assert last.values[key][place] == pytest.approx(np.median(expected[key]), rel=1e-4, abs=1e-6), key
+
+
+def test_masked_values_are_left_out():
+    layer, memory = SyncBatchNorm(2), Memory()
+    x = torch.tensor([[1.0, 2.0], [3.0, 5.0], [999.0, 999.0]])
+    with DriftWatch(nn.Sequential(layer), [memory], interval=1) as watch, watch.step():
+        layer(x, mask=torch.tensor([True, True, False]))
+    snapshot = next(event for event in memory if isinstance(event, Snapshot))
+    assert snapshot.layers["0"]["batch_mean"] == [2.0, 3.5]
+    assert snapshot.layers["0"]["batch_var"] == [1.0, 2.25]
+
+
+def with_branch():
+    """Body: rank 1 leaves a layer out every other step."""
+    model, memory = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)]), Memory()
+    torch.manual_seed(collectives.rank())
+    with DriftWatch(model, [memory], interval=1) as watch:
+        for step in range(14):
+            with watch.step():
+                model[0](torch.randn(8, 3))
+                if collectives.rank() == 0 or step % 2:
+                    model[1](torch.randn(8, 3))
+    return [dict(event.values) for event in measurements(memory)]
+
+
+def test_a_layer_that_a_rank_leaves_out_is_measured_where_it_was_reached():
+    rows = ranks.run(with_branch, world=2)[0]
+    assert all(math.isfinite(row["jeffreys"][1]) for row in rows)
+    assert math.isfinite(rows[-1]["between_ranks"][1])
+    assert rows[-1]["non_finite"] == [0, 0]
+
+
+def test_a_layer_in_use_nowhere_has_no_numbers():
+    model, memory = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(3)]), Memory()
+    with DriftWatch(model, [memory], interval=1) as watch:
+        for _ in range(6):
+            with watch.step():
+                model[0](torch.randn(8, 3))
+    last = measurements(memory)[-1]
+    for key in ("jeffreys", "lag", "effective_samples"):
+        assert [math.isnan(value) for value in last.values[key]] == [False, True]
+    assert list(next(event for event in memory if isinstance(event, Snapshot)).layers) == ["0"]
+
+
+def test_dead_and_infected_channels_are_counted():
+    layer, memory = nn.BatchNorm1d(4), Memory()
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, 1e-5, 1.0, 1.0])), layer.bias.copy_(torch.tensor([0.0, 0.0, -3.1, -2.9]))
+    x = torch.randn(8, 4)
+    x[0, 3] = torch.inf
+    with DriftWatch(nn.Sequential(layer), [memory], interval=1) as watch, watch.step():
+        layer(x)
+    values = measurements(memory)[0].values
+    assert (values["dead_channels"], values["dead_relus"], values["non_finite"]) == ([0.25], [0.25], [1.0])
+    (alarm,) = [event for event in memory if isinstance(event, Alarm)]
+    assert (alarm.measure, alarm.layer, alarm.state) == ("non_finite", "0", "raised")
+
+
+def test_weights_and_biases_that_move_are_seen():
+    layer, memory = nn.BatchNorm1d(4), Memory()
+    with DriftWatch(nn.Sequential(layer), [memory], interval=1, kind="full") as watch:
+        for _ in range(2):
+            with watch.step():
+                layer(torch.randn(8, 4))
+                with torch.no_grad():
+                    layer.weight.mul_(1.5), layer.bias.add_(0.3)
+    assert "weight_drift" not in measurements(memory)[0].values
+    last = measurements(memory)[1].values
+    assert last["weight_drift"] == pytest.approx([0.5])
+    assert last["bias_drift"] == pytest.approx([0.3 * 2 / (1.5 * 2)])
+
+
+def test_snapshots_come_at_growing_distances_and_at_the_end():
+    events, seen = watched(("local",), steps=11)
+    snapshots = [event for event in events if isinstance(event, Snapshot)]
+    assert [event.step for event in snapshots] == [1, 2, 4, 8, 11]
+    layer = snapshots[-1].layers["0"]
+    x, mean, var = seen[0][-1]
+    for key, values in {
+        "channel": range(5), "running_mean": mean, "running_var": var,
+        "batch_mean": reference_watch.flat(x).mean(0), "batch_var": reference_watch.flat(x).var(0),
+    }.items():  # fmt: skip
+        assert layer[key] == pytest.approx(list(values), rel=1e-4)
+    assert "rank_means" not in layer
+
+
+def test_a_snapshot_of_ranks_has_a_row_each_and_of_a_wide_layer_some_channels():
+    found = ranks.run(watched, ("local", "world"), world=2)
+    layers = [event for event in found[0][0] if isinstance(event, Snapshot)][-1].layers
+    for place, name in enumerate(("0", "1")):
+        expected = [reference_watch.flat(found[rank][1][place][-1][0]) for rank in (0, 1)]
+        np.testing.assert_allclose(layers[name]["rank_means"], [x.mean(0) for x in expected], rtol=1e-4)
+        np.testing.assert_allclose(layers[name]["rank_vars"], [x.var(0) for x in expected], rtol=1e-4)
+    wide, memory = nn.BatchNorm1d(300), Memory()
+    with DriftWatch(nn.Sequential(wide), [memory], interval=1) as watch, watch.step():
+        wide(torch.randn(8, 300))
+    assert memory[-1].layers["0"]["channel"] == list(range(0, 300, 3))
+
+
+def stopping(on_alarm):
+    """Body: after how many steps a watch over sorted shards says stop."""
+    torch.manual_seed(collectives.rank())
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False))
+    with DriftWatch(model, [], interval=2, on_alarm=on_alarm) as watch:
+        for step in range(40):
+            with watch.step():
+                model[0](x := torch.randn(8, 3) + 3 * collectives.rank())
+                model[1](x)
+            if watch.is_stopped:
+                return step + 1
+    return None
+
+
+def test_an_alarm_stops_all_ranks_at_the_same_step_and_only_if_asked_to(caplog):
+    first, second = ranks.run(stopping, "stop", world=2)
+    assert first == second is not None
+    # The 5th measurement is the first with a ratio, the 7th the third in a row; the word goes with the 8th.
+    assert first == 2 * 8 + 1 + 0
+    assert ranks.run(stopping, "warn", world=2) == [None, None]
+
+
+def test_an_alarm_is_logged_once(caplog):
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    nn.init.constant_(model[0].bias, -5.0)
+    with caplog.at_level(logging.INFO, "distnorm"), DriftWatch(model, interval=1) as watch:
+        for step in range(8):
+            with watch.step():
+                model(torch.randn(8, 3))
+                if step == 4:
+                    nn.init.zeros_(model[0].bias)
+    messages = [(record.levelname, record.message.split(":")[0]) for record in caplog.records]
+    assert messages[0][0] == "WARNING"
+    assert messages[0][1].startswith("Step 3")
+    assert [level for level, _ in messages] == ["WARNING", "INFO"]
+
+
+def test_names_can_be_chosen():
+    model = nn.ModuleDict({name: nn.BatchNorm1d(2) for name in ("stem", "body", "head")})
+    assert DriftWatch(model, include=["*e*"], exclude=["head"]).names == ["stem"]
+    with pytest.raises(ConfigError, match=r"drift.include='boby' matches no watched layer: there are stem, body, head"):
+        DriftWatch(model, include=["boby"])
+    with pytest.raises(ConfigError, match="Did you mean 'body'"):
+        DriftWatch(model, exclude=["boby"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "lite"}, r"drift.kind='lite' is not one of light, full. Did you mean 'light'\?"),
+        ({"interval": 0}, r"drift.interval=0 must be a whole number of at least 1. Use e.g. 10."),
+        ({"on_alarm": "stpo"}, r"drift.on_alarm='stpo' is not one of warn, stop. Did you mean 'stop'\?"),
+    ],
+)
+def test_wrong_options_are_refused_with_a_remedy(options, words):
+    with pytest.raises(ConfigError, match=words):
+        DriftWatch(nn.Sequential(nn.BatchNorm1d(2)), **options)
+
+
+def test_a_model_without_norms_is_watched_in_silence():
+    memory = Memory()
+    with DriftWatch(nn.Linear(2, 2), [memory], interval=1, on_alarm="stop") as watch, watch.step():
+        pass
+    assert memory == []
+
+
+def test_what_failed_is_let_go_with_the_last_snapshot():
+    model, memory = nn.Sequential(nn.BatchNorm1d(3)), Memory()
+    with pytest.raises(ValueError, match="told to"), DriftWatch(model, [memory], interval=1) as watch:
+        for step in range(5):
+            with watch.step():
+                model(torch.randn(8, 3))
+                if step == 4:
+                    raise ValueError("told to")
+    assert [event.step for event in measurements(memory)] == [1, 2, 3]
+    assert (type(memory[-1]), memory[-1].step) == (Snapshot, 3)
+    assert not model[0]._forward_pre_hooks
