@@ -25,16 +25,28 @@ LADDER = [
         "population",
         "models",
         "drift.divergence",
-        "drift.noise",
-        "drift.averages",
-        "drift.health",
         "drift.summary",
         "drift.alarms",
         "drift.record",
+        "drift.capture",
+        "drift.windows",
+        "drift.losses",
         "agreement",
         "recording",
     ],
-    ["calibration", "checkpoint", "domains", "drift.metric", "drift.gap", "drift.probes", "drift.watch"],
+    [
+        "calibration",
+        "checkpoint",
+        "domains",
+        "drift.noise",
+        "drift.averages",
+        "drift.health",
+        "drift.gathering",
+        "drift.gap",
+        "drift.probes",
+    ],
+    ["drift.metric", "drift.measuring", "drift.snapshots", "drift.shift", "drift.precise"],
+    ["drift.watch"],
     [
         "data",
         "tasks",
@@ -72,7 +84,7 @@ HEAVY = {
     "rich",
     "numpy",
 }
-LIGHT_ROOMS = {room for floor in LADDER[:10] for room in floor}
+LIGHT_ROOMS = {room for floor in LADDER[:12] for room in floor}
 
 
 def room_of(module):
