@@ -58,6 +58,7 @@ LADDER = [
         "layer_sync",
         "progress",
         "targets",
+        "validation",
         "study.design",
     ],
     ["settings", "callbacks", "drift.history"],

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from distnorm import ConfigError, FrozenBatchNorm, GhostBatchNorm, RecurrentBatchNorm, SyncBatchNorm, collectives
+from distnorm import ConfigError, GhostBatchNorm, SyncBatchNorm, collectives
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Alarm, Measurement, Snapshot, Watched
 from distnorm.drift.watch import DriftWatch
-from distnorm.norms import pooling
+from distnorm.norms import FrozenBatchNorm, RecurrentBatchNorm, pooling
 from tests import ranks, reference_watch
 
 pytestmark = pytest.mark.unit
