@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import collectives
 from distnorm.convert import normalization_layers
-from distnorm.drift.metric import FEWEST_SAMPLES, between_rank_ratio, excess_jeffreys, jeffreys_floor
+from distnorm.drift.divergence import FEWEST_SAMPLES, excess
+from distnorm.drift.noise import between_rank_ratio
 from distnorm.moments import Moments
 from distnorm.norms import pooling
 from distnorm.norms.over_ranks import AbstractNormOverRanks
@@ -181,8 +182,9 @@ class DriftMonitor(Callback):
         samples_B = (batch.count / watched.positions).tolist()
         if min(samples_B) >= FEWEST_SAMPLES:
             mean_BC, var_BC = reference_R2C[[group[0] for group in groups]].chunk(2, 1)
-            floor_B = mean_BC.new_tensor([jeffreys_floor(n, watched.layer.momentum) for n in samples_B])
-            excess_C = excess_jeffreys(batch, mean_BC, var_BC, floor_B, watched.layer.eps)
+            eps, samples_B1 = watched.layer.eps, (batch.count / watched.positions).unsqueeze(1)
+            variances = (batch.mean, batch.var + eps), (mean_BC, var_BC + eps)
+            excess_C = excess(*variances, samples_B1, watched.layer.momentum, ("jeffreys",))["jeffreys"].mean(0)
             scalars |= {"jeffreys": float(excess_C.mean()), "jeffreys_max": float(excess_C.max())}
         over_time = self._over_time(watched, Moments.unpack(moments_RK)) if len(moments_RK) > 1 else None
         if over_time is not None:
