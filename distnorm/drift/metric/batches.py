@@ -19,7 +19,8 @@ class Divergence(AbstractMomentMetric):
     """Divergence of batches from running statistics beyond what chance alone gives; 0 while nothing drifts.
 
     Batches since the last reset, on all ranks, count as one joined batch. Their references, where they differ, count as
-    an equal mixture. For a divergence a step, reset after each.
+    an equal mixture. With a momentum, reset after each step: the floor is that of a running average over batches as
+    large as the joined one. Many batches are to be compared with one reference, and without a momentum.
 
     Args:
         num_features: C.

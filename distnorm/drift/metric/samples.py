@@ -15,10 +15,11 @@ def num_samples(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def position_means(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Mean over its positions of each sample, and which samples have any that count: [N, C] and [N]."""
-    values_NCL = x.double().reshape(*x.shape[:2], -1)
+    positions = x.shape[2:].numel()  # not -1: there may be no samples to tell it from
+    values_NCL = x.double().reshape(*x.shape[:2], positions)
     if mask is None:
         return values_NCL.mean(2), None
-    weight_N1L = _full(mask, x).reshape(len(x), 1, -1)
+    weight_N1L = _full(mask, x).reshape(len(x), 1, positions)
     count_N1 = weight_N1L.sum(2)
     return values_NCL.masked_fill(~weight_N1L, 0).sum(2) / count_N1.clamp(min=1), count_N1[:, 0] > 0
 
