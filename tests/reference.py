@@ -38,14 +38,10 @@ def excess_jeffreys(
     """Divergence of the joined [N, C, *] batch from its running statistics, less what chance alone gives. [C]."""
     joined = np.concatenate(shards)
     count, mean, m2 = moments(joined)
-    floor = 2 / (len(joined) - 3) * (1 + momentum / (2 - momentum))
+    n, noise = len(joined), momentum / (2 - momentum)
+    inverse = 1 / (1 - 2 * noise / (n - 1))  # mean of 1 / running variance, a Gamma variable
+    floor = ((1 + noise / n) * inverse + (n + 1 + noise) / (n - 3)) / 2 - 1
     return jeffreys(mean, m2 / count + eps, running_mean, running_var + eps) - floor
-
-
-def between_rank_f(means_TKC: np.ndarray) -> np.ndarray:
-    """One-way analysis of variance of K ranks' means at T times: between ranks over within. [C]."""
-    within = means_TKC.var(0, ddof=1).mean(0) / len(means_TKC)
-    return means_TKC.mean(0).var(0, ddof=1) / within
 
 
 def batch_norm_on_joined(

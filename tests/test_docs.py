@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.unit
@@ -24,3 +25,9 @@ def test_the_examples_run(guide):
 def test_the_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
         assert (page.parent / link).exists(), link
+
+
+def test_every_measure_is_explained():
+    page = (ROOT / "docs" / "drift.md").read_text()
+    rows = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    assert sorted(rows) == sorted(measure.key for measure in (*MEASURES, *OF_THE_MODEL))

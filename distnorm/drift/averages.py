@@ -53,7 +53,7 @@ def estimator_samples(samples: Tensor, momentum: Tensor | float) -> Tensor:
 def variance_ratio(running_var: Tensor, precise_var: Tensor) -> Tensor:
     """Running over precise variance: 1 where the average is right; it is biased either way where it is not.
 
-    An average that saw the batches alone lacks the variance between them, and one that remembers old weights has theirs.
+    An average over batches lacks the variance between their means, and remembers the variance under older weights.
     """
     return running_var / precise_var
 

@@ -94,8 +94,8 @@ def floors(
         bhattacharyya  the expectation over v, integrated numerically    about 1 / (4n)
 
     The running average is noisy itself, with a = α / (2 - α): its mean by a/n of the variance; its variance, an average
-    of unbiased ones, as a Gamma variable of mean 1 and relative variance 2a / (n - 1), exact for α = 1 and right in mean
-    and variance below. To first order in 1/n that multiplies all four by 1 + a; here is the expectation itself.
+    of unbiased ones, as a Gamma variable of mean 1 and relative variance 2a / (n - 1): so it is for α = 1, and has that
+    mean and variance below. To first order in 1/n that multiplies all four by 1 + a; here is the expectation itself.
 
     Args:
         samples: n, independent samples in the batch, positions not counted, or the measured `effective_samples`.

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.calibration import Forward, calibrated
 from distnorm.convert import normalization_layers
-from distnorm.drift import metric
+from distnorm.drift.divergence import jeffreys
 from distnorm.errors import ConfigError
 
 
@@ -104,7 +104,7 @@ def _compare(layer: _BatchNorm, mean: Tensor, var: Tensor, samples: int, batch: 
     of_var = (weight / (batch - 1) if batch > 1 else math.inf), (1 / (samples - 1) if samples > 1 else math.inf)
     ratio = var_p / var_q
     floor = expected_jeffreys(of_mean, *of_var)
-    return Precise(metric.jeffreys(mean_p, var_p, mean_q, var_q) - floor, ratio, ratio * math.sqrt(2 * sum(of_var)))
+    return Precise(jeffreys(mean_p, var_p, mean_q, var_q) - floor, ratio, ratio * math.sqrt(2 * sum(of_var)))
 
 
 def expected_jeffreys(of_mean: float, of_var_p: float, of_var_q: float) -> float:

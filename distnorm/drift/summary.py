@@ -63,7 +63,7 @@ def share(mask: Tensor, channels: Sequence[int]) -> Tensor:
 
     Shape: mask [..., S] boolean; result [..., L] float64.
     """
-    return total(mask, channels).double() / torch.tensor(channels, device=mask.device).clamp(min=1)
+    return total(mask, channels).double() / torch.tensor(channels, device=mask.device)
 
 
 def _padded(values: Tensor, channels: tuple[int, ...], fill: float) -> Tensor:
@@ -75,7 +75,7 @@ def _padded(values: Tensor, channels: tuple[int, ...], fill: float) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _rows(channels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     sizes_L1 = torch.tensor(channels, device=device).unsqueeze(1)
-    place_C = torch.arange(max(1, *channels), device=device)
+    place_C = torch.arange(max(channels), device=device)
     outside_LC = place_C >= sizes_L1
     return (sizes_L1.cumsum(0) - sizes_L1 + place_C).masked_fill(outside_LC, 0), outside_LC
 
@@ -89,10 +89,10 @@ def _sorted(values: Tensor) -> Tensor:
 
 
 def _quantile(sorted_LC: Tensor, count_L: Tensor, q: float) -> Tensor:
-    place_L1 = ((count_L - 1).clamp(min=0) * q).unsqueeze(-1)
+    place_L1 = ((count_L - 1).clamp(min=0).double() * q).unsqueeze(-1)
     low_L1 = place_L1.long()
     below = sorted_LC.gather(-1, low_L1)
     above = sorted_LC.gather(-1, (low_L1 + 1).clamp(max=sorted_LC.shape[-1] - 1))
     # Equal ones, also two inf, are themselves; the one above the last is padding, and has no weight.
     part = (place_L1 - low_L1).to(below.dtype)
-    return torch.where((part == 0) | (below == above), below, torch.lerp(below, above, part)).squeeze(-1)
+    return torch.where((part == 0) | (below == above), below, below * (1 - part) + above * part).squeeze(-1)

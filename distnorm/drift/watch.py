@@ -85,7 +85,7 @@ class DriftWatch:
         self._gathering = Gathering(self._in_order, carries_word=self._stops)
         places = {norm: place for place, norm in enumerate(self._gathering.norms)}
         self._place = [places[norm] for norm in self._in_order]
-        self._measurer = Measurer(self._gathering.norms, kind, collectives.world_size())
+        self._measurer = Measurer(self._gathering.norms, kind, collectives.world_size()) if self._in_order else None
         self.alarms = Alarms(self.names, silent)
         self._hooks = Hooks(self._in_order, lambda _: self.is_measuring)
         self.steps = 0
@@ -182,11 +182,11 @@ class DriftWatch:
         if self._stops and pending.word():
             self.is_stopped = True
         caught = pending.finish()
-        if caught is not None:
-            self._take(step, caught)
+        if caught is not None and self._measurer is not None:
+            self._take(step, caught, self._measurer)
 
-    def _take(self, step: int, caught: Caught) -> None:
-        values, channels = self._measurer.measure(caught)
+    def _take(self, step: int, caught: Caught, measurer: Measurer) -> None:
+        values, channels = measurer.measure(caught)
         self._tell_layers(caught)
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
         changes = self._take_measurement(self.last)
