@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -35,7 +35,7 @@ from distnorm.tracking import make_loggers
 
 CONFIG = Path(__file__).parent.parent / "conf" / "train.yaml"
 RESULTS = Path(__file__).parent / "results" / "drift.json"
-KINDS = ("none", "light", "full")
+KINDS: tuple[Literal["none", "light", "full"], ...] = ("none", "light", "full")
 LIMITS = {"light": 1.02, "full": 1.08}
 BLOCK_STEPS = 100
 

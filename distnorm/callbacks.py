@@ -2,18 +2,17 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import nn
 
 from distnorm import checkpoint as checkpoints
 from distnorm import collectives
-from distnorm.calibration import calibrate, input_of
+from distnorm.calibration import calibrate
 from distnorm.convert import normalization_layers
 from distnorm.freezing import HeldLayers, first_frozen_step
 from distnorm.population import (
@@ -24,8 +23,9 @@ from distnorm.population import (
     swap_in,
     write_into,
 )
+from distnorm.replay import again, model_of, training_forward, training_inputs
 from distnorm.spec import NormSpec
-from distnorm.trainer_checks import again, check_buffers_stay, check_whole_checkpoints, model_of, shares_one_set
+from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints, shares_one_set
 
 _log = logging.getLogger(__name__)
 
@@ -210,23 +210,9 @@ class EvaluationStatistics(Callback):
         return self._spec.evaluation == "precise" and any(True for _ in normalization_layers(pl_module))
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        model = model_of(pl_module)
-
-        def inputs() -> Iterator[Any]:
-            for batch in again(self._loader) if self._batches is None else self._batches:
-                yield input_of(_transferred(batch, trainer, pl_module))
-
-        def run(_: nn.Module, x: Any) -> Any:
-            with trainer.precision_plugin.forward_context():
-                return model(x.to(trainer.strategy.root_device))
-
-        return calibrate(pl_module, inputs(), self._num_samples, forward=run)
-
-
-def _transferred(batch: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-    """Bring a batch to the device as Lightning's training loop does, through the hooks of module and data module."""
-    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))  # noqa: SLF001
-    return trainer.strategy.batch_to_device(batch)
+        batches = again(self._loader) if self._batches is None else self._batches
+        inputs, forward = training_inputs(trainer, pl_module, batches), training_forward(trainer, pl_module)
+        return calibrate(pl_module, inputs, self._num_samples, forward=forward)
 
 
 def _alike(ranks: list[Statistics]) -> bool:

@@ -1,19 +1,13 @@
 """What evaluation statistics need of somebody's own Trainer and module, checked before the first step."""
 
-import copy
-from collections.abc import Iterable
-from typing import Any
-
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader
 
 from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
 from distnorm.norms.over_ranks import AbstractNormOverRanks
-from distnorm.uneven import EvenLoader
 
 
 def shares_one_set(layer: nn.Module) -> bool:
@@ -59,42 +53,3 @@ def check_whole_checkpoints(trainer: pl.Trainer) -> None:
             "ModelCheckpoint(save_weights_only=True) would save rank 0's own statistics and no decision: Lightning "
             "asks no callback then.\nUse save_weights_only=False; distnorm.load() reads the model from such a file.",
         )
-
-
-def model_of(pl_module: pl.LightningModule) -> nn.Module:
-    """Find what maps an input to an output: the module itself, or its `model`.
-
-    Raises:
-        ConfigError: it has neither.
-    """
-    if type(pl_module).forward is not pl.LightningModule.forward:
-        return pl_module
-    model = getattr(pl_module, "model", None)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"Precise statistics need a model to run, and {type(pl_module).__name__} has neither a forward nor a model."
-            "\nGive it forward(self, inputs), or use norm.evaluation=pooled.",
-        )
-    return model
-
-
-def again(loader: Any) -> Iterable[Any]:
-    """Give the batches of a training loader from the beginning; whoever goes through it now notices nothing.
-
-    A copy has samplers, generator and workers of its own; the data set is the same.
-
-    Raises:
-        ConfigError: it is no DataLoader, and cannot be copied.
-    """
-    loader = loader.loader if isinstance(loader, EvenLoader) else loader
-    if not isinstance(loader, DataLoader):
-        raise ConfigError(
-            f"Precise statistics cannot take batches from a training loader of type {type(loader).__name__} without "
-            "disturbing it.\nGive EvaluationStatistics(spec, batches=…) a loader of its own.",
-        )
-    names = ("sampler", "batch_sampler", "generator")
-    theirs = {name: getattr(loader, name) for name in names}
-    ours = copy.deepcopy(theirs, {id(loader.dataset): loader.dataset})
-    copied = copy.copy(loader)
-    vars(copied).update(ours, persistent_workers=False, _iterator=None)  # a DataLoader refuses to be set otherwise
-    return copied

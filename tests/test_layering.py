@@ -47,6 +47,7 @@ LADDER = [
     ],
     ["drift.measuring", "drift.snapshots", "drift.shift", "drift.precise"],
     ["drift.watch"],
+    ["replay"],
     [
         "data",
         "tasks",

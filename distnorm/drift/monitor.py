@@ -1,6 +1,7 @@
 """The drift monitor: a Lightning callback that watches a training, and evaluates with the statistics in doubt."""
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import math
@@ -8,19 +9,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 
 from distnorm import collectives
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Event, Measurement
 from distnorm.drift.gap import attribute, train_eval_gap
+from distnorm.drift.precise import against_precise
 from distnorm.drift.shift import EvaluationShift
+from distnorm.drift.summary import summarize
 from distnorm.drift.watch import DriftWatch
-from distnorm.population import pool_running_stats
+from distnorm.errors import ConfigError
+from distnorm.population import evaluation_statistics, pool_running_stats
+from distnorm.replay import again, model_of, training_forward, training_inputs
 
 _log = logging.getLogger(__name__)
 _RECENT = 10
+_NONE = torch.full((1,), math.nan)
 _SILENT = {
     "running": (),
     "pooled": ("rank_spread",),
@@ -56,8 +62,11 @@ class DriftMonitor(Callback):
         worst_layers: of how many layers numbers go to the loggers.
         gap_interval: steps between measurements of the train/eval gap. They need a `probe_loss(model, batch)` of the
             task, that gives mean loss and logits; a task without is not measured, which is said once.
+        precise_samples: samples that precise statistics take, over all ranks, with which running ones are compared when
+            training ends.
 
-    Collective: that of `DriftWatch`. `full`: 1 gather an evaluation; every `gap_interval` those of `train_eval_gap`.
+    Collective: that of `DriftWatch`. `full`: 1 gather an evaluation; every `gap_interval` those of `train_eval_gap`;
+        at the end those of `against_precise`.
     """
 
     def __init__(
@@ -71,17 +80,19 @@ class DriftMonitor(Callback):
         evaluation: str = "running",
         worst_layers: int = 5,
         gap_interval: int = 100,
+        precise_samples: int = 1024,
     ) -> None:
         self._options: dict[str, Any] = {"kind": kind, "interval": interval, "include": include, "exclude": exclude}
         self._options |= {"on_alarm": on_alarm, "silent": _SILENT.get(evaluation, ())}
         self._kind, self._evaluation = kind, evaluation
-        self._worst_layers, self._gap_interval = worst_layers, gap_interval
+        self._worst_layers, self._gap_interval, self._precise_samples = worst_layers, gap_interval, precise_samples
         self._watch: DriftWatch | None = None
         self._trainer: pl.Trainer | None = None
         self._steps_before = 0
         self._severity: dict[str, float] = {}
         self._recent: dict[str, collections.deque[float]] = {}
         self._shift: EvaluationShift | None = None
+        self._loader: Any = None  # the trainer forgets it when training ends
         self._cannot_probe = False
 
     @property
@@ -115,7 +126,7 @@ class DriftMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether this step is measured; alike on every rank."""
-        self._steps_before = trainer.global_step
+        self._steps_before, self._loader = trainer.global_step, trainer.train_dataloader
         if self._watch is not None:
             self._watch.begin(trainer.global_step + 1)
 
@@ -133,9 +144,11 @@ class DriftMonitor(Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish what is under way, and let go of the layers."""
+        """Finish what is under way, compare with precise statistics, and let go of the layers."""
         if self._watch is not None:
             self._watch.close()
+            if self._kind == "full" and self._watch.names:
+                self._measure_precise(self._watch, trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep the last snapshot, and let go of the layers."""
@@ -227,7 +240,7 @@ class DriftMonitor(Callback):
                 )
             self._cannot_probe = True
             return
-        model = pl_module.model if isinstance(getattr(pl_module, "model", None), nn.Module) else pl_module
+        model = model_of(pl_module)
         statistics = None if self._evaluation == "running" else pool_running_stats(model)
         gap = train_eval_gap(model, batch, loss, statistics=statistics)
         values = {"gap": gap.gap, "gap_relative": gap.relative, "flip_rate": gap.flip_rate}
@@ -244,6 +257,26 @@ class DriftMonitor(Callback):
             self._log(step, {f"drift/model/{key}": value for key, value in values.items() if not math.isnan(value)})
             for change in changes:
                 watch.tell(change)
+
+    def _measure_precise(self, watch: DriftWatch, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare what evaluation averages over training with statistics of the weights as they are now."""
+        try:
+            model, forward = model_of(pl_module), training_forward(trainer, pl_module)
+            inputs = training_inputs(trainer, pl_module, again(self._loader))
+        except ConfigError as error:  # alike on all ranks
+            _log.info("Running statistics are not compared with precise ones: %s", error)
+            return
+        pool = contextlib.nullcontext() if self._evaluation == "running" else evaluation_statistics(model)
+        with pool:
+            found = against_precise(model, inputs, self._precise_samples, forward, normalization_batch=watch.samples)
+        names = {name.removeprefix("model."): precise for name, precise in found.items()}
+        values: dict[str, list[float]] = {}
+        for key, attribute_name in {"precise_jeffreys": "jeffreys", "precise_ratio": "ratio"}.items():
+            rows = [getattr(names[name], attribute_name).flatten() if name in names else _NONE for name in watch.names]
+            summed = summarize(torch.cat([row.double().cpu() for row in rows]), [len(row) for row in rows])
+            parts = {"": summed.median, ".p95": summed.p95, ".max": summed.max}
+            values |= {f"{key}{part}": row.tolist() for part, row in parts.items()}
+        watch.take_values(trainer.global_step, values)
 
 
 def _severity(key: str, value: float) -> float:

@@ -45,6 +45,7 @@ class DriftWatch:
 
     Attributes:
         last: the last measurement on rank 0, `None` before it.
+        samples: that share statistics, by layer; on rank 0, from the first measurement on.
 
     Collective: an interval 1 gather of 4S + 2G + 1 float64 numbers, all S channels of the G layers that are not
         synchronized over the world by a gather of their own; none where there are no such layers, unless `on_alarm` is
@@ -95,6 +96,7 @@ class DriftWatch:
         self._measurements = 0
         self._snapshot: Snapshot | None = None
         self.last: Measurement | None = None
+        self.samples: dict[str, int] = {}
 
     @property
     def names(self) -> list[str]:
@@ -168,6 +170,7 @@ class DriftWatch:
             return
         self._told_layers = True
         shared = [_shared(norm, row, caught) for row, norm in enumerate(self._gathering.norms)]
+        self.samples = {norm.name: max(1, count) for norm, count in zip(self._gathering.norms, shared, strict=True)}
         layers = tuple(
             WatchedLayer(norm.name, type(norm.layer).__name__, norm.channels, shared[place])
             for norm, place in zip(self._in_order, self._place, strict=True)
