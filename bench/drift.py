@@ -54,7 +54,7 @@ class Alternating(Callback):
         self.block = block
         self.monitors = {kind: DriftMonitor(kind, evaluation=evaluation) for kind in KINDS}
         self.took_s: list[tuple[str, float, float]] = []
-        self._kind, self._started, self._steps = "", (0.0, 0.0), 0
+        self._kind, self._started, self._steps = KINDS[0], (0.0, 0.0), 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step % self.block == 0 and self._steps == 0:
