@@ -155,6 +155,22 @@ def test_ranks_together_equal_numpy_on_the_joined_data(name, world, data):
             np.testing.assert_allclose(value, truth[key], rtol=0.05 if key == "between_ranks" else 1e-6, atol=1e-8)
 
 
+def measure_in_group(shards, masks):
+    """Body: what a metric of ranks 0 and 3, or of 1 and 2, computes here."""
+    groups = [torch.distributed.new_group(members) for members in ((0, 3), (1, 2))]
+    metric = NoiseScale(2, 0.2, process_group=groups[collectives.rank() in (1, 2)])
+    return feed(metric, shards[collectives.rank()], masks[collectives.rank()]).compute()
+
+
+def test_a_process_group_is_joined_alone():
+    shards, masks = make_shards(np.random.default_rng(0), [[3], [4, 5], [2], [3, 3]], masked=True)
+    found = ranks.run(measure_in_group, shards, masks, world=4)
+    for rank, members in enumerate(((0, 3), (1, 2), (1, 2), (0, 3))):
+        truth = noise_truth([shards[k] for k in members], [masks[k] for k in members])
+        for key, value in truth.items():
+            np.testing.assert_allclose(found[rank][key], value, rtol=1e-9)
+
+
 def test_references_that_differ_count_as_their_mixture():
     means, variances = np.array([[0.0, 1.0], [2.0, -1.0]]), np.array([[1.0, 0.5], [2.0, 3.0]])
     metric, x = Divergence(2, momentum=None, eps=0.0), torch.randn(12, 2, dtype=torch.float64)
