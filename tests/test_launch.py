@@ -44,6 +44,7 @@ def ended(tmp_path_factory):
         return dict(zip(map(tuple, TYPED), pool.map(type_in, TYPED), strict=True))
 
 
+@pytest.mark.xdist_group("wrong input")
 @pytest.mark.parametrize(
     ("typed", "value", "remedy"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
 )
