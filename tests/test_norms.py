@@ -54,6 +54,18 @@ def test_every_file_trains_two_steps(tmp_path, kind):
     assert 0 <= result["metrics"]["test/accuracy"] <= 1
 
 
+@unit
+def test_as_many_samples_are_calibrated_on_as_asked(tmp_path):
+    found = []
+    for samples in (16, 64):
+        folder = tmp_path / str(samples)
+        asked = ["norm=batch", "norm.evaluation=precise", f"norm.calibration_samples={samples}", "trainer.max_steps=1"]
+        runs.in_pool(folder, 1, *asked)
+        found.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(found[0]["model.conv.weight"], found[1]["model.conv.weight"])
+    assert not torch.equal(found[0]["model.bn.running_mean"], found[1]["model.bn.running_mean"])
+
+
 DECIDED = {
     # device batch → for 1, 2 and 4 ranks on one machine: kind, ranks that share statistics, normalization batch
     1: [("group_ws", 1, 1), ("group_ws", 1, 1), ("group_ws", 1, 1)],
