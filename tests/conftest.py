@@ -10,9 +10,8 @@ import torch
 torch.set_num_threads(1)  # as the ranks have it: workers that share cores slow each other down
 
 
-def pytest_collection_modifyitems(config, items):
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             whole_run = item.get_closest_marker("run")
