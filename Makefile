@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 # A worker a core, and at most four: each keeps warm ranks of its own. One process: make test ARGS="-n 0"
-WORKERS := --numprocesses logical --maxprocesses 4 --dist loadgroup
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help train test unit bench check format clean
 

@@ -44,7 +44,6 @@ def ended(tmp_path_factory):
         yield {tuple(typed): pool.submit(type_in, typed) for typed in TYPED}
 
 
-@pytest.mark.xdist_group("wrong input")
 @pytest.mark.parametrize(
     ("typed", "value", "remedy"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
 )
