@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# A worker a core, and at most four: each keeps warm ranks of its own. One process: make test ARGS="-n 0"
+WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help train test unit bench check format clean
 
@@ -12,10 +14,10 @@ train: .venv/.installed  ## train the digits on two CPU ranks; ARGS="..." are Hy
 	$(BIN)/python train.py trainer=cpu_ddp $(ARGS)
 
 test: .venv/.installed-dev  ## run all tests; ARGS="..." go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 unit: .venv/.installed-dev  ## run the quick tests
-	$(BIN)/python -m pytest -m unit $(ARGS)
+	$(BIN)/python -m pytest -m unit $(WORKERS) $(ARGS)
 
 bench: .venv/.installed  ## time the synchronized layer against its limit; ARGS="..." go to it, e.g. --quick
 	$(BIN)/python -m bench.sync_batchnorm $(ARGS)

@@ -10,7 +10,7 @@ from typing import Any
 
 from distnorm import convert
 from distnorm.convert import normalization_layers
-from distnorm.launch import main, report
+from distnorm.launch import main
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import Settings
@@ -22,6 +22,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     from distnorm.callbacks import EvaluationStatistics
     from distnorm.diagnosis import RankDiagnosis
     from distnorm.drift.monitor import DriftMonitor
+    from distnorm.launch import report
     from distnorm.launch.checkpoints import test
     from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
     from distnorm.progress import Throughput, make_progress

@@ -219,12 +219,12 @@ def check(config: DictConfig) -> Settings:
         raise ConfigError(validation.in_words(error, Settings)) from None
     for name in ("device_batch", "global_batch"):
         check_value(f"data.{name}", settings.data.get(name), AtLeastOne | None)
-    data = {key: value for key, value in settings.data.items() if key not in ("device_batch", "global_batch")}
-    check_target("data", data, given=("device_batch",))
-    check_takes("data", data, "device_batch")
     check_target("model", settings.model)
-    check_target("task", settings.task, given=("model", "optimizer"))
     check_target("optimizer", settings.optimizer, given=("params",))
+    data = {key: value for key, value in settings.data.items() if key not in ("device_batch", "global_batch")}
+    check_target("data", data, given=("device_batch",))  # from here on targets may load Lightning, which takes seconds
+    check_takes("data", data, "device_batch")
+    check_target("task", settings.task, given=("model", "optimizer"))
     return settings
 
 

@@ -3,7 +3,8 @@
     results = ranks.run(body, argument, world=2)    # body is a module-level function; one result a rank
 
 A body that raises, hangs or dies fails the test with the rank's traceback, and the pool is started anew for the next
-one.
+one. Ranks are forked from a process that has only imported what they need: torch and Lightning take 7 s to load, a fork
+milliseconds.
 """
 
 import atexit
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 GROUP_TIMEOUT_S = 30
-_context = multiprocessing.get_context("spawn")
+context = multiprocessing.get_context("forkserver")
+"""Starts processes that have torch, distnorm and Lightning loaded already, and nothing of the test session."""
+context.set_forkserver_preload(["torch", "lightning.pytorch", "distnorm.launch"])
 
 
 class RankError(AssertionError):
@@ -58,8 +61,8 @@ class _Pool:
         store = str(Path(self.folder.name) / "store")
         self.connections, self.processes = [], []
         for rank in range(world):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(rank, world, store, theirs), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world, store, theirs), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)

@@ -1,6 +1,5 @@
 """Ranks that do not train the same layers: every rank says so before the first step, with layer and ranks."""
 
-import multiprocessing
 import os
 import time
 
@@ -181,9 +180,10 @@ def never_comes(rank, store, way, messages):
 
 @pytest.mark.parametrize("way", ["stalls", "dies"])
 def test_a_rank_that_never_comes_is_named(tmp_path, way):
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
-    processes = [context.Process(target=never_comes, args=(r, str(tmp_path / "s"), way, messages)) for r in range(3)]
+    messages = ranks.context.Queue()
+    processes = [
+        ranks.context.Process(target=never_comes, args=(r, str(tmp_path / "s"), way, messages)) for r in range(3)
+    ]
     for process in processes:
         process.start()
     found = [messages.get(timeout=60) for _ in range(2)]

@@ -41,14 +41,14 @@ def ended(tmp_path_factory):
         return runs.train_py(*typed, folder=tmp_path_factory.mktemp("wrong") / "runs", check=False)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(map(tuple, TYPED), pool.map(type_in, TYPED), strict=True))
+        yield {tuple(typed): pool.submit(type_in, typed) for typed in TYPED}
 
 
 @pytest.mark.parametrize(
     ("typed", "value", "remedy"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else ""
 )
 def test_wrong_input_ends_in_three_lines_before_any_rank_starts(ended, typed, value, remedy):
-    done, run = ended[tuple(typed)]
+    done, run = ended[tuple(typed)].result()
     assert done.returncode == 2
     assert run is None, "a run folder was made"
     assert done.stdout == ""

@@ -184,6 +184,20 @@ def test_importing_distnorm_loads_nothing_heavy():
     assert not {name.split(".")[0] for name in loaded} & HEAVY
 
 
+@pytest.mark.parametrize(
+    "typed", ["norm=snyc", "norm.normalisation_batch=8", "data.device_batch=-1", "optimizer.lr=fast"]
+)
+def test_a_mistake_is_refused_before_what_takes_seconds_to_load(typed):
+    command = [sys.executable, "-X", "importtime", "train.py", typed]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT.parent).stderr
+    loaded = {
+        line.split("|")[-1].strip().split(".")[0] for line in said.splitlines() if line.startswith("import time:")
+    }
+    assert {"torch", "hydra", "pydantic"} <= loaded
+    assert not loaded & {"lightning", "torchmetrics", "wandb", "sklearn", "matplotlib", "scipy"}
+    assert typed.split("=")[0] in said.splitlines()[-1] or typed.split("=")[0] in said.splitlines()[-2]
+
+
 def test_public_names_are_few_and_documented():
     public = [name for name in vars(distnorm) if name[0] != "_" and not isinstance(getattr(distnorm, name), type(sys))]
     assert len(public) <= 20

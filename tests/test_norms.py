@@ -14,7 +14,7 @@ from distnorm.data import DigitsData
 from distnorm.models import ResNet
 from tests import ranks, runs
 
-pytestmark = pytest.mark.unit
+unit = pytest.mark.unit
 
 CONF = Path(runs.ROOT) / "conf" / "norm"
 KINDS = {
@@ -34,10 +34,12 @@ KINDS = {
 }
 
 
+@unit
 def test_every_kind_is_here():
     assert {file.stem for file in CONF.glob("[!_]*.yaml")} == set(KINDS)
 
 
+@unit
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_file_trains_two_steps(tmp_path, kind):
     cls, evaluation = KINDS[kind]
@@ -50,6 +52,18 @@ def test_every_file_trains_two_steps(tmp_path, kind):
     assert all(map(math.isfinite, losses))
     assert result["decision"]["evaluation"] == evaluation
     assert 0 <= result["metrics"]["test/accuracy"] <= 1
+
+
+@unit
+def test_as_many_samples_are_calibrated_on_as_asked(tmp_path):
+    found = []
+    for samples in (16, 64):
+        folder = tmp_path / str(samples)
+        asked = ["norm=batch", "norm.evaluation=precise", f"norm.calibration_samples={samples}", "trainer.max_steps=1"]
+        runs.in_pool(folder, 1, *asked)
+        found.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert torch.equal(found[0]["model.conv.weight"], found[1]["model.conv.weight"])
+    assert not torch.equal(found[0]["model.bn.running_mean"], found[1]["model.bn.running_mean"])
 
 
 DECIDED = {
@@ -90,6 +104,7 @@ def two_steps(settings):
     return (spec.kind, spec.sync_ranks, spec.normalization_batch), classes, all(alike), losses
 
 
+@unit
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("device_batch", DECIDED)
 def test_auto_decides_converts_and_trains(device_batch, world):
@@ -102,10 +117,10 @@ def test_auto_decides_converts_and_trains(device_batch, world):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize(("device_batch", "world"), [(2, 2), (8, 4), (16, 2)])
-def test_auto_through_train_py(tmp_path, device_batch, world):
-    overrides = [f"data.device_batch={device_batch}", "trainer=cpu_ddp", f"trainer.devices={world}", *runs.QUICK]
+def test_auto_through_train_py(tmp_path):
+    """On four ranks; on two `tests/test_run.py` has the main job, of 16 a rank, and a sweep's, of 2."""
+    overrides = ["data.device_batch=8", "trainer=cpu_ddp", "trainer.devices=4", *runs.QUICK]
     _, run = runs.train_py(*overrides, folder=tmp_path)
-    kind, sync_ranks, _ = DECIDED[device_batch][(1, 2, 4).index(world)]
+    kind, sync_ranks, _ = DECIDED[8][2]
     decision = json.loads(run.result.read_text())["decision"]
     assert (decision["kind"], decision["sync_ranks"]) == (kind, sync_ranks)

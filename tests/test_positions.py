@@ -1,6 +1,5 @@
 """Positions of ranks in files, and what is said of a hang: a rank that skips, branches, stalls, dies."""
 
-import multiprocessing
 import os
 import re
 import time
@@ -231,10 +230,9 @@ def goes_astray(rank, world, store, way, folder, debug, messages):
 
 def astray(way, tmp_path, *, debug, world=3):
     """Run ranks of their own, of which rank 2 goes astray; messages by rank, and what the files say afterwards."""
-    context = multiprocessing.get_context("spawn")
-    messages = context.Queue()
+    messages = ranks.context.Queue()
     arguments = (world, str(tmp_path / "store"), way, str(tmp_path / "ranks"), debug, messages)
-    processes = [context.Process(target=goes_astray, args=(rank, *arguments)) for rank in range(world)]
+    processes = [ranks.context.Process(target=goes_astray, args=(rank, *arguments)) for rank in range(world)]
     for process in processes:
         process.start()
     found = {}

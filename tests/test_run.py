@@ -91,6 +91,7 @@ def test_the_main_job_reaches_97_percent_and_leaves_a_whole_folder(tmp_path):
     assert result["versions"]["torch"] == torch.__version__
     assert result["seed"] == 0
     assert result["world_size"] == 2
+    assert (result["decision"]["kind"], result["decision"]["sync_ranks"]) == ("batch", 1)
     assert len(result["code_hash"]) == 16
     assert result["worst_drift"]["layer"] in (run.path / "decision.txt").read_text()
 
@@ -124,39 +125,36 @@ LAYERS = (
 
 @pytest.mark.run
 def test_other_hardware_trains_the_same(tmp_path):
+    """Two ranks by train.py, in processes of their own; one and four in the pool."""
+    asked = ["experiment=same_everywhere", "trainer.max_steps=30", "logger.mode=disabled"]
+    _, by_train_py = runs.train_py(*asked, "trainer.devices=2", folder=tmp_path / "2")
+    trained = {2: by_train_py}
+    for world in (1, 4):
+        trained[world] = runs.RunFolder(tmp_path / str(world))
+        runs.in_pool(trained[world].path, world, *asked)
     losses, weights = {}, {}
-    for ranks in (1, 2, 4):
-        overrides = [
-            "experiment=same_everywhere",
-            f"trainer.devices={ranks}",
-            "trainer.max_steps=30",
-            "logger.mode=disabled",
-        ]
-        _, run = runs.train_py(*overrides, folder=tmp_path / str(ranks))
-        losses[ranks] = [row["train/loss"] for row in runs.rows(run) if "train/loss" in row]
-        weights[ranks] = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
+    for world, run in trained.items():
+        losses[world] = losses_of(run)
+        weights[world] = torch.load(run.checkpoints / "last.ckpt", weights_only=True)["state_dict"]
         decision = json.loads(run.result.read_text())["decision"]
-        assert (decision["normalization_batch"], decision["sync_ranks"]) == (32, ranks)
+        assert (decision["normalization_batch"], decision["sync_ranks"]) == (32, world)
     assert len(losses[1]) == 30
-    for ranks in (2, 4):
-        assert losses[ranks] == pytest.approx(losses[1], abs=1e-8)
+    for world in (2, 4):
+        assert losses[world] == pytest.approx(losses[1], abs=1e-8)
         for key, value in weights[1].items():
-            torch.testing.assert_close(weights[ranks][key], value, rtol=0, atol=1e-6, msg=f"{key} on {ranks} ranks")
+            torch.testing.assert_close(weights[world][key], value, rtol=0, atol=1e-6, msg=f"{key} on {world} ranks")
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_resume_goes_on_in_a_new_folder_as_if_never_stopped(tmp_path, ranks):
-    common = [
-        f"trainer.devices={ranks}",
-        "trainer.accelerator=cpu",
-        "trainer.log_every_n_steps=1",
-        "logger.mode=disabled",
-    ]
-    common += ["task.schedule=constant", "task.warmup_fraction=0"]
-    _, whole = runs.train_py(*common, "trainer.max_epochs=3", folder=tmp_path / "whole")
-    _, first = runs.train_py(*common, "trainer.max_epochs=2", folder=tmp_path / "parts")
-    done, second = runs.train_py(*common, "trainer.max_epochs=3", f"ckpt_path={first.path}", folder=tmp_path / "parts")
+@pytest.mark.parametrize("world", [1, 2])
+def test_resume_goes_on_in_a_new_folder_as_if_never_stopped(tmp_path, world):
+    """The runs to compare with train in the pool; the one that goes on is train.py's, in processes of its own."""
+    common = [f"trainer.devices={world}", "trainer.max_steps=-1", "task.schedule=constant", "task.warmup_fraction=0"]
+    whole, first = runs.RunFolder(tmp_path / "whole"), runs.RunFolder(tmp_path / "parts" / "first")
+    runs.in_pool(whole.path, world, *common, "trainer.max_epochs=3")
+    runs.in_pool(first.path, world, *common, "trainer.max_epochs=2")
+    goes_on = [*runs.QUICK, *common, "trainer.max_epochs=3", f"ckpt_path={first.path}"]
+    done, second = runs.train_py(*goes_on, folder=tmp_path / "second")
     assert second.path != first.path
     assert "resumed   from" in done.stdout
     assert json.loads(second.result.read_text())["resumed_from"] == str(first.checkpoints / "last.ckpt")
@@ -176,20 +174,10 @@ def losses_of(run):
 
 @pytest.mark.run
 def test_a_sweep_starts_each_job_with_its_own_configuration(tmp_path):
-    overrides = [
-        "-m",
-        "norm=batch,sync",
-        "optimizer.lr=0.1,0.01",
-        "trainer=cpu_ddp",
-        "trainer.ranks_from=local",
-        "trainer.max_steps=2",
-        "logger.mode=disabled",
-    ]
-    runs.train_py(*overrides, folder=tmp_path)
+    swept = ["-m", "norm=auto,sync", "trainer=cpu_ddp", "trainer.ranks_from=local", "data.device_batch=2"]
+    runs.train_py(*swept, *runs.QUICK, "trainer.max_steps=2", folder=tmp_path)
     seen = set()
     for file in tmp_path.glob("*/result.json"):
-        run = runs.RunFolder(file.parent)
-        result = json.loads(run.result.read_text())
-        assert result["world_size"] == 2
-        seen.add((result["decision"]["kind"], run.read_settings().optimizer["lr"]))
-    assert seen == {("batch", 0.1), ("batch", 0.01), ("sync", 0.1), ("sync", 0.01)}
+        result, kept = json.loads(file.read_text()), runs.RunFolder(file.parent).read_settings()
+        seen.add((kept.norm.kind, result["world_size"], result["decision"]["kind"], result["decision"]["sync_ranks"]))
+    assert seen == {("auto", 2, "group_ws", 1), ("sync", 2, "sync", 2)}

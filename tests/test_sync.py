@@ -2,7 +2,6 @@
 
 import copy
 import io
-import multiprocessing
 import os
 import pickle
 
@@ -319,10 +318,9 @@ def waits_for_a_dead_rank(rank, store, messages):
 
 
 def test_a_rank_that_is_gone_is_reported_with_layer_and_ranks(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    ours, theirs = ranks.context.Pipe()
     store = str(tmp_path / "store")
-    processes = [context.Process(target=waits_for_a_dead_rank, args=(rank, store, theirs)) for rank in (0, 1)]
+    processes = [ranks.context.Process(target=waits_for_a_dead_rank, args=(rank, store, theirs)) for rank in (0, 1)]
     for process in processes:
         process.start()
     assert ours.poll(60), "rank 0 still waits"

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks, trainer
+from distnorm.launch import console, overrides, ranks
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
 from distnorm.settings import Settings
 
@@ -94,6 +94,8 @@ def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) 
 
 def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
     """Check all that can be checked without ranks, then run here or start them."""
+    from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
+
     if checked.study is not None:
         raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
     found = ranks.find(checked.trainer)
