@@ -13,7 +13,7 @@ Legend: N samples, C channels, T rows of running statistics (time steps; else 1)
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NoReturn, SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import collectives
 from distnorm.convert import normalization_layers
-from distnorm.errors import ConfigError, GroupError, ranks_in_words
+from distnorm.errors import ConfigError, GroupError
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.population import Statistics
 from distnorm.recording import Recorder, recording
@@ -90,6 +90,13 @@ def calibrate(
     Source: Wu & Johnson 2021, section 3.2. Merged by Chan, Golub & LeVeque 1983 and over ranks, where published
         implementations average the batches' E[x²] of one rank.
     """
+    return calibrated(model, batches, num_samples, forward)[0]
+
+
+def calibrated(
+    model: nn.Module, batches: Iterable[Any], num_samples: int, forward: Forward | None
+) -> tuple[Statistics, int]:
+    """Calibrate, and tell how many samples that took, over all ranks; see `calibrate`."""
     layers = _layers_of(model)
     _check_arguments(batches, num_samples)
     if forward is None:
@@ -97,7 +104,7 @@ def calibrate(
     with recording(model, layers) as recorders:
         seen = _Rounds(model, layers, batches, num_samples, forward).run()
     _check_seen(seen, num_samples)
-    return _merged_over_ranks(layers, recorders)
+    return _merged_over_ranks(layers, recorders), seen
 
 
 class _Rounds:
@@ -157,7 +164,7 @@ class _Rounds:
                 raise
             raise source.failure from error  # what the others did not come for
         if any(row[0] == FAILED for row in rows):
-            _raise_failure(source.failure, what)
+            collectives.raise_together(source.failure, f"before {what}")
         _check_alike(rows)
         if any(row[2] for row in rows) and any(row[0] == MORE for row in rows):
             offered = collectives.agree(_on_host(self._empty), "the structure of an empty batch")
@@ -259,20 +266,6 @@ def _count(batch: Any) -> int:
 
 def _on_host(empty: Any) -> Any:
     return empty.cpu() if isinstance(empty, Tensor) else empty
-
-
-def _raise_failure(own: Exception | None, what: str) -> NoReturn:
-    if own is not None and collectives.world_size() == 1:
-        raise own
-    words = None if own is None else f"{type(own).__name__}: {(str(own).strip().splitlines() or [''])[0][:160]}"
-    every = collectives.agree(words, "the news of a calibration that failed")
-    failed = [r for r, text in enumerate(every) if text is not None]
-    if own is not None and len(failed) == len(every):  # whatever it is, nobody waits
-        raise own
-    raise GroupError(
-        f"{ranks_in_words(failed)} raised before {what}: {every[failed[0]]}\n"
-        "All ranks stop here, and their models are as they were. The traceback of the rank that raised has the cause.",
-    ) from own
 
 
 def _merged_over_ranks(layers: dict[str, _BatchNorm], recorders: dict[str, Recorder]) -> Statistics:

@@ -4,9 +4,8 @@ Legend: N samples, C channels, T rows of running statistics (time steps; else 1)
 """
 
 import contextlib
+import functools
 import operator
-import random
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from distnorm.errors import ConfigError
 from distnorm.moments import Moments
 from distnorm.norms.base import OF_ONE_STEP
 from distnorm.norms.ghost import GhostBatchNorm
-from distnorm.norms.kept import kept
+from distnorm.norms.kept import undisturbed
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.renorm import BatchRenorm
 
@@ -30,32 +29,13 @@ class Recorder:
     numpy or torch; steps beyond the last row share that one.
     """
 
-    def __init__(self, name: str, layer: _BatchNorm) -> None:
+    def __init__(self, layer: _BatchNorm) -> None:
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        self._name = name
         self._mean, self._var = layer.running_mean, layer.running_var
         self._channels = self._mean.shape[-1]
         self._last_row = self._mean.numel() // self._channels - 1
         self._rows: dict[int, Moments] = {}
-
-    def refuse_one_value(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse an input that the layer would normalize to nothing, before torch does in words of its own.
-
-        Raises:
-            ConfigError: it has, or its last ghost, 1 value a channel, and no other rank adds some.
-        """
-        x = kwargs.get("input", args[0] if args else None)
-        together = isinstance(layer, AbstractNormOverRanks) and len(layer.members()) > 1
-        if not isinstance(x, Tensor) or x.dim() < 2 or together:
-            return
-        samples, run = x.shape[0], layer.ghost_batch if isinstance(layer, GhostBatchNorm) else x.shape[0]
-        if samples and (samples % run or run) * x.shape[2:].numel() == 1:
-            where = f"{samples} samples in runs of {run}" if run < samples else f"a batch of {samples} sample"
-            raise ConfigError(
-                f"calibrate() got {where}: layer {self._name!r} has 1 value a channel there, and a variance needs 2.\n"
-                "Use DataLoader(…, drop_last=True), or batches that leave no sample alone.",
-            )
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Take one input in, once the layer has taken it: what does not fit has been refused."""
@@ -105,15 +85,14 @@ def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[
 
     On leaving, however that happens, modes, attributes, buffers, hooks and random streams are what they were.
     """
-    recorders = {name: Recorder(name, layer) for name, layer in layers.items()}
+    recorders = {name: Recorder(layer) for name, layer in layers.items()}
     handles = []
-    with _streams_kept(model), _without_compiled_code(), torch.inference_mode(False), torch.no_grad(), kept(model):
+    with undisturbed(model), refusing_one_value(layers, "calibrate()"):
         try:
-            for module in model.modules():  # not `eval()`, that some modules do more in
-                module.training = False
             for name, layer in layers.items():
-                _use_batch_statistics(layer)
-                handles.append(layer.register_forward_pre_hook(recorders[name].refuse_one_value, with_kwargs=True))
+                use_batch_statistics(layer)
+                if isinstance(layer, BatchRenorm):
+                    layer.r_max, layer.d_max = 1.0, 0.0
                 handles.append(layer.register_forward_hook(recorders[name], with_kwargs=True))
             yield recorders
         finally:
@@ -121,34 +100,55 @@ def recording(model: nn.Module, layers: dict[str, _BatchNorm]) -> Iterator[dict[
                 handle.remove()
 
 
-def _use_batch_statistics(layer: _BatchNorm) -> None:
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Find the layers that normalize with their batch's statistics in training, those without running ones too."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def held_norms(model: nn.Module) -> set[str]:
+    """Name those that do not, being in eval mode while the model trains: they are held constant."""
+    return {name for name, layer in batch_norms(model).items() if model.training and not layer.training}
+
+
+def use_batch_statistics(layer: _BatchNorm) -> None:
+    """Let a layer of a model that is `undisturbed` normalize with its batch's statistics, and move none of its own."""
     layer.training, layer.track_running_stats = True, False
     for name in OF_ONE_STEP:  # a recomputation may still need them
         layer.__dict__.pop(name, None)
-    if isinstance(layer, BatchRenorm):
-        layer.r_max, layer.d_max = 1.0, 0.0
 
 
 @contextlib.contextmanager
-def _streams_kept(model: nn.Module) -> Iterator[None]:
-    """Leave the random streams of torch, Python and numpy where they are: loaders draw from all three."""
-    devices = {tensor.device.index for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    numpys = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(numpys)
+def refusing_one_value(layers: dict[str, _BatchNorm], asked: str) -> Iterator[None]:
+    """Refuse inputs that a layer would normalize to nothing, before torch does in words of its own.
 
+    Args:
+        layers: by name; those in eval mode take any input.
+        asked: what the user called, for the message.
 
-@contextlib.contextmanager
-def _without_compiled_code() -> Iterator[None]:
-    """Run compiled parts eagerly: compiled code knows no hook that came later."""
-    if "torch._dynamo" not in sys.modules:
+    Raises:
+        ConfigError: (from a layer's forward) its input has, or its last ghost, 1 value a channel, and no other rank
+            adds some.
+    """
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(_refuse_one_value, name, asked), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _refuse_one_value(name: str, asked: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    x = kwargs.get("input", args[0] if args else None)
+    together = isinstance(layer, AbstractNormOverRanks) and len(layer.members()) > 1
+    if not layer.training or not isinstance(x, Tensor) or x.dim() < 2 or together:
         return
-    with torch.compiler.set_stance("force_eager"):
-        yield
+    samples, run = x.shape[0], layer.ghost_batch if isinstance(layer, GhostBatchNorm) else x.shape[0]
+    if samples and (samples % run or run) * x.shape[2:].numel() == 1:
+        where = f"{samples} samples in runs of {run}" if run < samples else f"a batch of {samples} sample"
+        raise ConfigError(
+            f"{asked} got {where}: layer {name!r} has 1 value a channel there, and a variance needs 2.\n"
+            "Use DataLoader(…, drop_last=True), or batches that leave no sample alone.",
+        )

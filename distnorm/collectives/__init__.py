@@ -8,6 +8,7 @@ from distnorm.collectives.exchange import PendingSum as PendingSum
 from distnorm.collectives.exchange import agree as agree
 from distnorm.collectives.exchange import gather as gather
 from distnorm.collectives.exchange import raise_named as raise_named
+from distnorm.collectives.exchange import raise_together as raise_together
 from distnorm.collectives.exchange import start_notice as start_notice
 from distnorm.collectives.exchange import start_sum as start_sum
 from distnorm.collectives.groups import adopt as adopt

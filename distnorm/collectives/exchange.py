@@ -11,7 +11,7 @@ from torch import Tensor
 from distnorm import positions, whereabouts
 from distnorm.collectives.groups import control_group, group_of, is_debugging, twin_of
 from distnorm.collectives.world import rank, store, world_size
-from distnorm.errors import GroupError
+from distnorm.errors import GroupError, ranks_in_words
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
 _notice_numbers: tuple[Any, Iterator[int]] = (None, itertools.count())  # of a control group; alike on all ranks
@@ -174,3 +174,26 @@ def raise_named(error: RuntimeError, ranks: Sequence[int], what: str, missing: S
     """Turn a backend's words into ours: who waited, where, for whom; and who was missing, where that is known."""
     waits = whereabouts.Wait(rank(), tuple(ranks), what, (str(error).strip().splitlines() or ["no words"])[0][:160])
     raise GroupError(waits.in_words(missing, positions.read_this_run())) from error
+
+
+def raise_together(own: Exception | None, where: str) -> NoReturn:
+    """Raise on all ranks alike where some failed: an error that names them, or, where all did, each its own.
+
+    Args:
+        own: what this rank raised, if it did.
+        where: e.g. `in train_eval_gap()`.
+
+    Collective: 1 agreement; every rank must call.
+
+    Raises:
+        GroupError: some ranks did not fail.
+    """
+    words = None if own is None else f"{type(own).__name__}: {(str(own).strip().splitlines() or [''])[0][:160]}"
+    every = agree(words, f"the news of what failed {where}")
+    failed = [r for r, text in enumerate(every) if text is not None]
+    if own is not None and len(failed) == len(every):  # whatever it is, nobody waits
+        raise own
+    raise GroupError(
+        f"{ranks_in_words(failed)} raised {where}: {every[failed[0]]}\n"
+        "All ranks stop here, and their models are as they were. The traceback of the rank that raised has the cause.",
+    ) from own
