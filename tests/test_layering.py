@@ -33,8 +33,10 @@ LADDER = [
         "drift.record",
         "agreement",
         "recording",
+        "drift.losses",
     ],
     ["calibration", "checkpoint", "domains", "drift.metric", "drift.gap", "drift.probes", "drift.watch"],
+    ["drift.precise"],
     [
         "data",
         "tasks",
@@ -72,7 +74,7 @@ HEAVY = {
     "rich",
     "numpy",
 }
-LIGHT_ROOMS = {room for floor in LADDER[:10] for room in floor}
+LIGHT_ROOMS = {room for floor in LADDER[:11] for room in floor}
 
 
 def room_of(module):

@@ -127,6 +127,19 @@ class Classification(pl.LightningModule):
         """Count a batch of the test set."""
         self._evaluate(batch, "test")
 
+    def probe_loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Give the mean training loss over a batch of this rank, and the logits [N, num_classes]; logs nothing.
+
+        What the train/eval gap and the probes ask for: `train_eval_gap(task.model, batch, task.probe_loss)`.
+
+        Args:
+            model: maps [N, …] to logits; the task's own, unless another is to be looked at.
+            batch: inputs and targets.
+        """
+        inputs, targets = batch
+        logits: Tensor = model(inputs)
+        return functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing), logits
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over two groups, and its schedule over all steps."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
