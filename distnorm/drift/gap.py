@@ -58,8 +58,9 @@ def train_eval_gap(model: nn.Module, batch: Any, loss: Loss, *, statistics: Mapp
         loss: of a batch; see `Loss`.
         statistics: of evaluation, from `calibrate` or `pool_running_stats`; `None`: the layers' running ones.
 
-    Collective: 1 sum of 5 numbers over all ranks, and twice what the model's layers exchange in a forward in which
-        they train. Every rank must call; one without samples runs the model only where its layers exchange.
+    Collective: 1 sum of 5 numbers over all ranks, and what the model's layers exchange in one training forward: in
+        eval mode they exchange nothing. Every rank must call; one without samples runs the model only where its layers
+        exchange.
 
     Raises:
         ConfigError: the model is wrapped in DDP; no rank has samples; a layer gets 1 value a channel; the loss is no
@@ -114,7 +115,8 @@ def attribute(
     Returns:
         A share by the name of each layer that can normalize in both ways, in the model's order.
 
-    Collective: 1 sum of 1 + layers + 2 numbers over all ranks, and 1 + layers times what layers exchange in a forward.
+    Collective: 1 sum of 3 numbers and 1 a layer over all ranks, and for each of the forwards, 1 and 1 a layer, what the
+        layers on batch statistics exchange.
 
     Raises:
         ConfigError: as `train_eval_gap`.

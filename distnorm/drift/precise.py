@@ -75,6 +75,7 @@ def against_precise(
         GroupError: as `calibrate`.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.BatchNorm1d(1))  # its running variance is 1
         >>> found = against_precise(model, [torch.tensor([[-2.0], [0.0], [2.0], [0.0], [0.0]])])
         >>> found["0"].ratio
@@ -112,7 +113,9 @@ def expected_jeffreys(of_mean: float, of_var_p: float, of_var_q: float) -> float
 
         E J = ((1 + u) (1 / (1 - 2 p) + 1 / (1 - 2 q))) / 2 - 1
 
-    For p = 0 and n samples, u = 1 / n and q = 1 / (n - 1), it is 2 (n - 1) / (n (n - 3)).
+    For p = 0 and n samples, u = 1 / n and q = 1 / (n - 1), it is 2 (n - 1) / (n (n - 3)). Exact for the variance of one
+    set of samples; that of a running average is taken for one of as many degrees of freedom, which is within 3 % from 8
+    samples a batch on (simulated), and 6 % too much for 4 at momentum 0.5.
 
     Args:
         of_mean: u, variance of the difference of the two means, in variances.

@@ -82,7 +82,7 @@ def landscape(model: nn.Module, batch: Any, loss: Loss, lr: float, steps: int = 
     Source: Santurkar et al. 2018, section 3.2 and figure 4.
     """
     inquiry = Inquiry("landscape()", model, batch, loss)
-    _check_step("landscape()", lr, smallest=0.0)
+    _check_step("landscape()", lr, lr > 0, "above 0")
     if not isinstance(steps, int) or steps < 1:
         raise ConfigError(f"landscape() got steps={steps!r}; it needs 1 step size or more. Give e.g. 8.")
     parameters = _trained("landscape()", model)
@@ -132,7 +132,7 @@ def covariate_shift(model: nn.Module, batch: Any, loss: Loss, lr: float, layers:
         descent.
     """
     inquiry = Inquiry("covariate_shift()", model, batch, loss)
-    _check_step("covariate_shift()", lr, smallest=-math.ulp(0.0))
+    _check_step("covariate_shift()", lr, lr >= 0, "not below 0")
     parameters = _trained("covariate_shift()", model)
     probed = {name: _layer_called(name, model) for name in layers}
     with _training(model, "covariate_shift()"):
@@ -283,6 +283,6 @@ def _trained(asked: str, model: nn.Module) -> list[nn.Parameter]:
     return found
 
 
-def _check_step(asked: str, lr: float, smallest: float) -> None:
-    if not smallest < lr < math.inf:
-        raise ConfigError(f"{asked} got lr={lr!r}; a step needs one above 0. Give the learning rate of the moment.")
+def _check_step(asked: str, lr: float, is_fine: bool, rule: str) -> None:
+    if not is_fine or not math.isfinite(lr):
+        raise ConfigError(f"{asked} got lr={lr!r}; it must be {rule}. Give the learning rate of the moment.")
