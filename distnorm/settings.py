@@ -124,6 +124,7 @@ class DriftSettings(_Strict):
     on_alarm: Literal["warn", "stop"]
     worst_layers: AtLeastOne
     gap_interval: AtLeastOne
+    probe_interval: AtLeastOne | None
 
 
 class LoggerSettings(_Strict):

@@ -48,6 +48,7 @@ LADDER = [
     ["drift.measuring", "drift.snapshots", "drift.shift", "drift.precise"],
     ["drift.watch"],
     ["replay"],
+    ["drift.questions"],
     [
         "data",
         "tasks",

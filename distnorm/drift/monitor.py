@@ -1,32 +1,21 @@
 """The drift monitor: a Lightning callback that watches a training, and evaluates with the statistics in doubt."""
 
 import collections
-import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 
-from distnorm import collectives
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Event, Measurement
-from distnorm.drift.gap import attribute, train_eval_gap
-from distnorm.drift.precise import against_precise
+from distnorm.drift.questions import Questions
 from distnorm.drift.shift import EvaluationShift
-from distnorm.drift.summary import summarize
 from distnorm.drift.watch import DriftWatch
-from distnorm.errors import ConfigError
-from distnorm.population import evaluation_statistics, pool_running_stats
-from distnorm.replay import again, model_of, training_forward, training_inputs
 
-_log = logging.getLogger(__name__)
 _RECENT = 10
-_NONE = torch.full((1,), math.nan)
 _SILENT = {
     "running": (),
     "pooled": ("rank_spread",),
@@ -62,6 +51,8 @@ class DriftMonitor(Callback):
         worst_layers: of how many layers numbers go to the loggers.
         gap_interval: steps between measurements of the train/eval gap. They need a `probe_loss(model, batch)` of the
             task, that gives mean loss and logits; a task without is not measured, which is said once.
+        probe_interval: steps between probes of the loss along its gradient, and of internal covariate shift: some 10
+            forwards and backwards each and 2 a layer; never, if `None`. They need `probe_loss` too.
         precise_samples: samples that precise statistics take, over all ranks, with which running ones are compared when
             training ends.
 
@@ -80,6 +71,7 @@ class DriftMonitor(Callback):
         evaluation: str = "running",
         worst_layers: int = 5,
         gap_interval: int = 100,
+        probe_interval: int | None = None,
         precise_samples: int = 1024,
     ) -> None:
         self._options: dict[str, Any] = {"kind": kind, "interval": interval, "include": include, "exclude": exclude}
@@ -87,13 +79,14 @@ class DriftMonitor(Callback):
         self._kind, self._evaluation = kind, evaluation
         self._worst_layers, self._gap_interval, self._precise_samples = worst_layers, gap_interval, precise_samples
         self._watch: DriftWatch | None = None
+        self._questions: Questions | None = None
         self._trainer: pl.Trainer | None = None
         self._steps_before = 0
+        self._probe_interval = probe_interval
         self._severity: dict[str, float] = {}
         self._recent: dict[str, collections.deque[float]] = {}
         self._shift: EvaluationShift | None = None
         self._loader: Any = None  # the trainer forgets it when training ends
-        self._cannot_probe = False
 
     @property
     def worst(self) -> WorstDrift | None:
@@ -121,6 +114,7 @@ class DriftMonitor(Callback):
         self._trainer = trainer
         sinks = [logger for logger in trainer.loggers if hasattr(logger, "take")] if trainer.is_global_zero else []
         self._watch = DriftWatch(pl_module, [*sinks, self], **self._options)
+        self._questions = Questions(self._watch, self._evaluation)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -138,8 +132,8 @@ class DriftMonitor(Callback):
         if self._watch is None or step == self._steps_before:
             return
         self._watch.end(step)
-        if self._kind == "full" and step % self._gap_interval == 0:
-            self._measure_gap(self._watch, step, pl_module, batch)
+        if self._questions is not None:
+            self._ask(self._questions, step, pl_module, batch)
         if self._watch.is_stopped:
             trainer.should_stop = True
 
@@ -147,8 +141,8 @@ class DriftMonitor(Callback):
         """Finish what is under way, compare with precise statistics, and let go of the layers."""
         if self._watch is not None:
             self._watch.close()
-            if self._kind == "full" and self._watch.names:
-                self._measure_precise(self._watch, trainer, pl_module)
+            if self._questions is not None and self._kind == "full" and self._watch.names:
+                self._questions.precise(trainer, pl_module, self._loader, self._precise_samples)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Keep the last snapshot, and let go of the layers."""
@@ -202,6 +196,14 @@ class DriftMonitor(Callback):
         self._keep(event, self._watch.names)
         self._log(event.step, self._scalars(event, self._watch.names))
 
+    def _ask(self, questions: Questions, step: int, pl_module: pl.LightningModule, batch: Any) -> None:
+        values: dict[str, float] = {}
+        if self._kind == "full" and step % self._gap_interval == 0:
+            values |= questions.gap(step, pl_module, batch)
+        if self._probe_interval is not None and step % self._probe_interval == 0:
+            values |= questions.probes(step, pl_module, batch)
+        self._log(step, {f"drift/model/{key}": value for key, value in values.items()})
+
     def _log(self, step: int, scalars: Mapping[str, float]) -> None:
         if scalars and self._trainer is not None and self._trainer.is_global_zero:
             for logger in self._trainer.loggers:
@@ -229,54 +231,6 @@ class DriftMonitor(Callback):
             if measure.tier == "light":
                 scalars |= {f"drift/{names[i]}/{measure.key}": row[i] for i in shown if not math.isnan(row[i])}
         return scalars
-
-    def _measure_gap(self, watch: DriftWatch, step: int, pl_module: pl.LightningModule, batch: Any) -> None:
-        """Measure the train/eval gap; where it is alarming, ask which layers it comes from. Alike on all ranks."""
-        loss = getattr(pl_module, "probe_loss", None)
-        if loss is None:
-            if not self._cannot_probe and pl_module.global_rank == 0:
-                _log.info(
-                    "%s has no probe_loss(model, batch): no train/eval gap is measured.", type(pl_module).__name__
-                )
-            self._cannot_probe = True
-            return
-        model = model_of(pl_module)
-        statistics = None if self._evaluation == "running" else pool_running_stats(model)
-        gap = train_eval_gap(model, batch, loss, statistics=statistics)
-        values = {"gap": gap.gap, "gap_relative": gap.relative, "flip_rate": gap.flip_rate}
-        changes = watch.alarms.check_model(step, values)
-        if any(change.state == "raised" for change in changes):
-            shares = attribute(model, batch, loss, statistics=statistics)
-            watch.take_values(step, {"gap_share": [shares.get(name, math.nan) for name in watch.names]})
-            worst = max(shares, key=shares.__getitem__, default="")
-            changes = [
-                dataclasses.replace(c, layer=worst, message=f"{c.message} Most of it comes from {worst}.")
-                for c in changes
-            ]
-        if collectives.rank() == 0:
-            self._log(step, {f"drift/model/{key}": value for key, value in values.items() if not math.isnan(value)})
-            for change in changes:
-                watch.tell(change)
-
-    def _measure_precise(self, watch: DriftWatch, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare what evaluation averages over training with statistics of the weights as they are now."""
-        try:
-            model, forward = model_of(pl_module), training_forward(trainer, pl_module)
-            inputs = training_inputs(trainer, pl_module, again(self._loader))
-        except ConfigError as error:  # alike on all ranks
-            _log.info("Running statistics are not compared with precise ones: %s", error)
-            return
-        pool = contextlib.nullcontext() if self._evaluation == "running" else evaluation_statistics(model)
-        with pool:
-            found = against_precise(model, inputs, self._precise_samples, forward, normalization_batch=watch.samples)
-        names = {name.removeprefix("model."): precise for name, precise in found.items()}
-        values: dict[str, list[float]] = {}
-        for key, attribute_name in {"precise_jeffreys": "jeffreys", "precise_ratio": "ratio"}.items():
-            rows = [getattr(names[name], attribute_name).flatten() if name in names else _NONE for name in watch.names]
-            summed = summarize(torch.cat([row.double().cpu() for row in rows]), [len(row) for row in rows])
-            parts = {"": summed.median, ".p95": summed.p95, ".max": summed.max}
-            values |= {f"{key}{part}": row.tolist() for part, row in parts.items()}
-        watch.take_values(trainer.global_step, values)
 
 
 def _severity(key: str, value: float) -> float:

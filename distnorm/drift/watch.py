@@ -164,7 +164,7 @@ class DriftWatch:
         for sink in self.sinks:
             sink.take(event)
 
-    def _tell_layers(self, caught: Caught) -> None:
+    def _tell_layers(self, step: int, caught: Caught) -> None:
         """Tell which layers are watched; once, before the first measurement."""
         if self._told_layers:
             return
@@ -175,7 +175,7 @@ class DriftWatch:
             WatchedLayer(norm.name, type(norm.layer).__name__, norm.channels, shared[place])
             for norm, place in zip(self._in_order, self._place, strict=True)
         )
-        self.tell(Watched(self.steps, layers, collectives.world_size(), self.interval))
+        self.tell(Watched(step, layers, collectives.world_size(), self.interval))
 
     def _finish(self) -> None:
         if self._pending is None:
@@ -190,7 +190,7 @@ class DriftWatch:
 
     def _take(self, step: int, caught: Caught, measurer: Measurer) -> None:
         values, channels = measurer.measure(caught)
-        self._tell_layers(caught)
+        self._tell_layers(step, caught)
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
         changes = self._take_measurement(self.last)
         self._measurements += 1
