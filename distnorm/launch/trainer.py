@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
 from distnorm.errors import ConfigError, did_you_mean
+from distnorm.launch import console
 from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
@@ -45,6 +46,7 @@ def make_trainer(
         resumed_from: the checkpoint that training goes on from.
 
     """
+    console.quiet_libraries()  # Lightning sets its own level when it is imported
     set_threads(settings, ranks)
     ours: dict[str, Any] = {
         "accelerator": ranks.accelerator,
