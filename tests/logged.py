@@ -5,6 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from distnorm.drift import wandb_file
+from tests.runs import wait_for
+
 LOGGING = """
 import pathlib, sys, time
 from distnorm.launch import console
@@ -53,3 +56,11 @@ def start(folder, mode, rows=3, then="end"):
         cwd=Path(__file__).parent.parent,
         env=environ | {"HOME": str(home), "PYTHONPATH": "."},
     )
+
+
+def finish(logger):
+    """Finish wandb's run here, and wait for its file: wandb returns before the last rows are in it."""
+    folder = Path(logger.experiment.dir).parent
+    logger.experiment.finish()
+    [path] = folder.glob("*.wandb")
+    wait_for(lambda: wandb_file.read(path).has_ended, 30)

@@ -10,7 +10,7 @@ from distnorm.drift import events, history, record
 from distnorm.errors import ConfigError
 from distnorm.launch.run_dir import RunFolder
 from distnorm.tracking import make_loggers
-from tests import told
+from tests import logged, told
 from tests.runs import composed
 
 pytestmark = pytest.mark.unit
@@ -34,7 +34,7 @@ def both(tmp_path_factory):
         for logger in made:
             logger.log_metrics({"val/loss": float("nan")}, step=50)
             logger.finalize("success")
-        made[1].experiment.finish()
+        logged.finish(made[1])
         time.sleep(1)  # wandb names its folders by the second
     return run.path
 

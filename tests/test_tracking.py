@@ -18,7 +18,7 @@ from distnorm.launch.ranks import Ranks
 from distnorm.tracking import make_loggers
 from distnorm.wandb_logger import DriftWandbLogger
 from tests import logged, told
-from tests.runs import composed
+from tests.runs import composed, wait_for
 
 pytestmark = pytest.mark.unit
 
@@ -100,7 +100,7 @@ def test_online_without_a_key_both_have_every_number_and_event_and_one_warning_t
     assert "Run `wandb login` first" in warning
     assert done == "logged False"  # what draws is not loaded before there is something to draw
     [path] = (tmp_path / "run").glob("wandb/offline-*/*.wandb")
-    there = wandb_file.read(path)
+    there = wait_for(lambda: (read := wandb_file.read(path)).has_ended and read)
     record_path = tmp_path / "run" / "record.jsonl"
     assert rows_of(there.rows) == EXPECTED
     assert [(row["step"], row["train/loss"], row["epoch"]) for row in record.read(record_path)] == EXPECTED
@@ -127,7 +127,7 @@ def test_at_the_end_wandb_has_pictures_and_a_table_of_layers(tmp_path):
         made[1].take(event)
     made[1].finalize("success")
     made[1].finalize("success")  # Lightning's second, after the test: nothing new
-    made[1].experiment.finish()
+    logged.finish(made[1])
     [path] = tmp_path.glob("wandb/offline-*/*.wandb")
     [row] = [row for row in wandb_file.read(path).rows if "drift/layers.nrows" in row]
     assert row["trainer/global_step"] == 50
@@ -152,14 +152,14 @@ def test_a_requeue_in_the_same_folder_goes_on_with_the_runs_id(tmp_path):
     for _ in range(2):
         made = make_loggers(offline().logger, run, {}, is_first=True)
         ids.append(made[1].experiment.id)
-        made[1].experiment.finish()
+        logged.finish(made[1])
         time.sleep(1)  # wandb names its folders by the second
     assert ids[0] == ids[1]
     assert {path.stem for path in tmp_path.glob("wandb/offline-*/*.wandb")} == {f"run-{ids[0]}"}
     assert len(list(tmp_path.glob("wandb/offline-*"))) == 2
     other = make_loggers(offline().logger, run_dir.RunFolder(tmp_path / "other"), {}, is_first=True)
     assert other[1].experiment.id != ids[0]
-    other[1].experiment.finish()
+    logged.finish(other[1])
 
 
 class Told:

@@ -14,8 +14,9 @@ steps may come twice: the later row holds. Schema 1 had numbers only, and is rea
 
 Bounded. Each kind of row has a limit; when a kind is twice as many, the file is written anew with at most so many,
 evenly over the steps (`thinning.kept`): the first and the most recent ones stay, and all alarms, all rows of validation
-and test. The new file takes the old one's place in one piece. At 100 layers x 60 measures a measurement is 50 KB: a run
-of 1,000,000 steps measured every 10 leaves 25 to 100 MB, however many steps follow.
+and test. The new file takes the old one's place in one piece. At 100 layers x 60 measures a measurement is 50 KB: the
+record of a run of 1,000,000 steps, measured every 10, stays under 100 MB; writing it anew takes 0.1 s, at most once in
+1000 measurements.
 """
 
 import collections
@@ -172,12 +173,14 @@ def is_event(row: Mapping[str, Any]) -> bool:
 
 def _kind(row: Mapping[str, Any]) -> Hashable:
     """Say what a row is thinned with: rows alike; `None` for one that always stays."""
+    if "schema" in row:  # the settings there have a group `drift`
+        return None
     if isinstance(row.get("drift"), dict):
-        return ("drift", frozenset(row["drift"]["values"]))
+        return ("drift", frozenset(row["drift"].get("values", ())))
     if isinstance(row.get("snapshot"), dict):
         return "snapshot"
     groups = frozenset(name.partition("/")[0] for name in row if name not in {"step", "time", "epoch"})
-    if is_event(row) or "schema" in row or groups & {"val", "test"}:
+    if is_event(row) or groups & {"val", "test"}:
         return None
     return ("numbers", *sorted(groups))
 

@@ -38,6 +38,7 @@ class WandbRun:
         rows: logged, in order; nested keys are joined by dots.
         step_metrics: which metric is the x-axis of which, by name or glob.
         hidden: metrics that get no chart.
+        has_ended: whether wandb finished the run; it was not killed, and does not go on.
         lost: one line on what could not be read; else empty.
     """
 
@@ -47,6 +48,7 @@ class WandbRun:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     step_metrics: dict[str, str] = dataclasses.field(default_factory=dict)
     hidden: set[str] = dataclasses.field(default_factory=set)
+    has_ended: bool = False
     lost: tuple[str, ...] = ()
 
 
@@ -82,6 +84,8 @@ def _take(run: WandbRun, message: Any) -> None:
         name = message.metric.name or message.metric.glob_name
         run.step_metrics[name] = message.metric.step_metric
         run.hidden |= {name} if message.metric.options.hidden else set()
+    elif kind == "exit":
+        run.has_ended = True
 
 
 def _values(items: Any) -> dict[str, Any]:
