@@ -85,7 +85,8 @@ def test_what_is_not_finite_or_not_there_is_nan(tmp_path):
     writer = record.Record(tmp_path / "record.jsonl")
     writer.take(told.watched("a", "b"))
     writer.take(events.Measurement(10, {"lag": [float("nan"), float("-inf")]}, {"lag": [-1, 3]}))
-    writer.take(events.Measurement(20, {"kl": [1.0, 2.0]}))
+    writer.take(events.Measurement(20, {"kl": [9.0, 9.0]}))
+    writer.take(events.Measurement(20, {"kl": [1.0, 2.0]}))  # the later one holds
     writer.take(events.Measurement(10, {"kl": [3.0, 4.0]}))  # a second measurement of one step, of other measures
     read = history.read(tmp_path)
     np.testing.assert_equal(read.values["lag"], [[np.nan, np.nan], [-np.inf, np.nan]])

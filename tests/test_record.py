@@ -159,8 +159,9 @@ def test_a_long_run_keeps_its_ends_and_an_even_middle_and_what_is_rare(tmp_path)
             writer.take(told.watched("bn1", "bn2"))
         writer.take(told.measured(step))
         writer.append(step, {"train/loss": 1 / step, "epoch": 0})
-        if step % 1000 == 0:
+        if step % 50 == 0:
             writer.append(step, {"val/loss": 2.0, "epoch": 0})
+        if step % 1000 == 0:
             writer.take(told.alarm(step))
             writer.take(told.snapshot(step))
             writer.take(told.measured(step, keys=("precise_jeffreys",)))
@@ -180,13 +181,14 @@ def test_a_long_run_keeps_its_ends_and_an_even_middle_and_what_is_rare(tmp_path)
         gaps = np.diff(steps)
         assert gaps.max() <= 2 * 40_000 / 10  # nowhere twice as rare as 10 even ones would be
         assert steps == sorted(set(steps))
-    assert steps_kept(path, "alarm") == steps_kept(path, "val/loss") == list(range(1000, 40_010, 1000))
+    assert steps_kept(path, "alarm") == list(range(1000, 40_010, 1000))
+    assert steps_kept(path, "val/loss") == list(range(50, 40_010, 50))
     snapshots = steps_kept(path, "snapshot")
     assert (snapshots[0], snapshots[-1]) == (1000, 40_000)
     assert 4 <= len(snapshots) < 16
     assert 100 <= len(steps_kept(path, "train/loss")) < 400
     assert steps_kept(path, "watched") == [0]
-    assert most < 150_000
+    assert most < 200_000
     assert [file.name for file in tmp_path.iterdir()] == ["record.jsonl"]
 
 
