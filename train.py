@@ -42,7 +42,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
     callbacks += [drift]
-    loggers = make_loggers(settings.logger, run, report.config(settings, spec), is_first=ranks.is_first)
+    loggers = make_loggers(settings.logger, run, report.config(settings, conversion), is_first=ranks.is_first)
     trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)
     task = build(settings.task, model=model, optimizer=build(settings.optimizer))
 

@@ -6,19 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from distnorm.drift.events import Event
 from distnorm.drift.record import Record
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import LoggerSettings
+from distnorm.wandb_logger import DriftWandbLogger, start_wandb
 
 _log = logging.getLogger(__name__)
-_FLUSH_S = 0.5
 
 
 class RecordLogger(Logger):
-    """A Lightning logger that appends every number to the run's `record.jsonl`.
+    """A Lightning logger that appends every number, and what the drift monitor tells, to the run's `record.jsonl`.
 
     Args:
         run: the folder.
@@ -43,9 +44,12 @@ class RecordLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row; Lightning's own `epoch` goes with the rest."""
-        if self._record is None:
-            self._record = Record(self._run.record, self._about)
-        self._record.append(step or 0, metrics)
+        self._opened().append(step or 0, metrics)
+
+    @rank_zero_only
+    def take(self, event: Event) -> None:
+        """Append what the drift monitor tells."""
+        self._opened().take(event)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,6 +62,11 @@ class RecordLogger(Logger):
             self._record.close()
             self._record = None
 
+    def _opened(self) -> Record:
+        if self._record is None:
+            self._record = Record(self._run.record, self._about)
+        return self._record
+
 
 def make_loggers(
     settings: LoggerSettings, run: RunFolder, config: Mapping[str, Any], *, is_first: bool
@@ -67,12 +76,12 @@ def make_loggers(
     Args:
         settings: mode and names.
         run: where files go.
-        config: what wandb keeps as the run's configuration.
+        config: what wandb keeps as the run's configuration, and the record as its first line.
         is_first: whether this is rank 0; only there a warning is given.
 
     Collective: none; on other ranks the loggers do nothing.
     """
-    loggers: list[Logger] = [RecordLogger(run, {"run": run.path.name})]
+    loggers: list[Logger] = [RecordLogger(run, {"run": run.path.name, **config})]
     if settings.mode == "disabled":
         return loggers
     offline = settings.mode == "offline"
@@ -80,25 +89,8 @@ def make_loggers(
         offline = True
         if is_first:
             _log.warning("logger.mode=online, and wandb has no API key here: logging offline. Run `wandb login` first.")
-    return [*loggers, WandbLogger(experiment=_start_wandb(settings, run, config, offline) if is_first else None)]
-
-
-def _start_wandb(settings: LoggerSettings, run: RunFolder, config: Mapping[str, Any], offline: bool) -> Any:
-    """Start wandb's run here: Lightning's logger would pass a setting that wandb warns of."""
-    started = wandb.init(
-        project=settings.project,
-        entity=settings.entity,
-        name=settings.name or run.path.name,
-        group=settings.group,
-        tags=settings.tags,
-        config=dict(config),
-        dir=run.path,
-        mode="offline" if offline else "online",
-        settings=wandb.Settings(x_transaction_log_flush_interval=_FLUSH_S, silent=True, console="off"),
-    )
-    started.define_metric("trainer/global_step")
-    started.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return started
+    started = start_wandb(settings, run, config, offline=offline) if is_first else None
+    return [*loggers, DriftWandbLogger(started)]
 
 
 def _has_key() -> bool:

@@ -133,7 +133,7 @@ def test_a_rank_killed_by_sigkill_ends_the_run_within_10_s_and_is_named_last(tmp
 
 
 def test_a_killed_run_keeps_its_last_steps_in_record_and_wandb_file_and_leaves_no_process(tmp_path):
-    from tests.wandb_file import history
+    from distnorm.drift import wandb_file
 
     process = runs.start("trainer=cpu_ddp", "trainer.log_every_n_steps=1", folder=tmp_path)
     runs.wait_for(lambda: len(steps_of(tmp_path)) >= 20)
@@ -144,7 +144,8 @@ def test_a_killed_run_keeps_its_last_steps_in_record_and_wandb_file_and_leaves_n
     runs.wait_for(lambda: no_process_is_left(process), 15)
     run = next(tmp_path.iterdir())
     in_record = steps_of(tmp_path)
-    in_wandb = [row["trainer/global_step"] for row in history(next(run.glob("wandb/*/*.wandb"))) if "train/loss" in row]
+    rows = wandb_file.read(next(run.glob("wandb/*/*.wandb"))).rows
+    in_wandb = [row["trainer/global_step"] for row in rows if "train/loss" in row]
     assert in_record == list(range(1, len(in_record) + 1))
     assert in_wandb == list(range(1, len(in_wandb) + 1))
     assert len(in_record) >= killed_after

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.unit
 
 ROOT = Path(distnorm.__file__).parent
 LADDER = [
-    ["errors", "positions", "drift.events", "drift.catalogue"],
+    ["errors", "positions", "drift.events", "drift.catalogue", "drift.thinning"],
     ["whereabouts"],
     ["collectives", "spec", "evidence", "planner"],
     ["moments", "policy", "uneven", "feeding"],
@@ -64,10 +64,11 @@ LADDER = [
         "validation",
         "study.design",
     ],
-    ["settings", "callbacks", "drift.history"],
+    ["settings", "callbacks", "drift.history", "wandb_media"],
     ["drift.report"],
     ["launch.ranks"],
     ["launch.run_dir", "launch.console"],
+    ["wandb_logger"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],
     ["launch.trainer", "launch.compose", "study.cells", "study.workers", "study.measure"],
     ["study.table"],

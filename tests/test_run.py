@@ -95,14 +95,15 @@ def test_the_main_job_reaches_97_percent_and_leaves_a_whole_folder(tmp_path):
     assert len(result["code_hash"]) == 16
     assert result["worst_drift"]["layer"] in (run.path / "decision.txt").read_text()
 
-    from tests.wandb_file import config, history
+    from distnorm.drift import wandb_file
 
-    file = next(run.path.glob("wandb/offline-run-*/run-*.wandb"))
-    logged = history(file)
+    in_file = wandb_file.read(next(run.path.glob("wandb/offline-run-*/run-*.wandb")))
+    logged = in_file.rows
     names = {name for row in logged for name in row}
     expected = {f"drift/{layer}/{key}" for layer in LAYERS for key in ("jeffreys", "between_ranks")}
     assert expected | {"train/loss", "val/loss", "val/accuracy", "test/accuracy", "lr"} <= names
-    assert config(file)["norm"]["normalization_batch"] == 32
+    assert in_file.config["decision_layers"][0]["name"] == "bn"
+    assert in_file.config["norm"]["normalization_batch"] == 32
     in_wandb = [row["test/accuracy"] for row in logged if "test/accuracy" in row]
     in_record = [row["test/accuracy"] for row in runs.rows(run) if "test/accuracy" in row]
     assert in_wandb == in_record == [result["metrics"]["test/accuracy"]]

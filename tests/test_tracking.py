@@ -2,96 +2,25 @@
 
 import datetime as dt
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch.distributed as dist
+from PIL import Image
 
-from distnorm.drift import record
+from distnorm.drift import record, wandb_file
+from distnorm.drift.history import EVENT
 from distnorm.launch import run_dir
 from distnorm.launch.ranks import Ranks
-from tests import wandb_file
-from tests.runs import composed
+from distnorm.tracking import make_loggers
+from distnorm.wandb_logger import DriftWandbLogger
+from tests import logged, told
+from tests.runs import composed, wait_for
 
 pytestmark = pytest.mark.unit
-
-
-def test_rows_are_read_back_with_numbers_that_json_has_no_word_for(tmp_path):
-    path = tmp_path / "record.jsonl"
-    writer = record.Record(path, {"run": "one"})
-    writer.append(10, {"loss": 0.5, "nan": float("nan")})
-    writer.append(20, {"up": float("inf"), "down": float("-inf")})
-    first, second = record.read(path)  # before it is closed
-    assert (first["step"], first["loss"], second["step"]) == (10, 0.5, 20)
-    assert np.isnan(first["nan"])
-    assert (second["up"], second["down"]) == (float("inf"), float("-inf"))
-    assert abs(first["time"] - path.stat().st_mtime) < 60
-    writer.close()
-    about, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-    assert (about["schema"], about["run"]) == (1, "one")
-    assert len(rows) == 2
-
-
-def test_a_torn_last_line_is_left_out_and_the_rows_before_it_survive(tmp_path):
-    path = tmp_path / "record.jsonl"
-    writer = record.Record(path)
-    for step in (1, 2, 3):
-        writer.append(step, {"loss": 1.0})
-    whole = path.read_bytes()
-    start_of_last = whole[:-1].rindex(b"\n") + 1
-    for end in range(start_of_last, len(whole) - 2):
-        path.write_bytes(whole[:end])
-        assert [row["step"] for row in record.read(path)] == [1, 2]
-
-
-def test_appending_to_a_record_keeps_its_one_first_line(tmp_path):
-    path = tmp_path / "record.jsonl"
-    for step in (1, 2):
-        writer = record.Record(path, {"opened": step})
-        writer.append(step, {"loss": 1.0})
-        writer.close()
-    assert [row["step"] for row in record.read(path)] == [1, 2]
-    assert [json.loads(line).get("opened") for line in path.read_text().splitlines()] == [1, None, None]
-
-
-def test_appending_after_a_torn_line_loses_no_row(tmp_path):
-    path = tmp_path / "record.jsonl"
-    record.Record(path).append(1, {"loss": 1.0})
-    path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
-    record.Record(path).append(2, {"loss": 2.0})
-    assert [row["step"] for row in record.read(path)] == [1, 2]
-
-
-WRITER = """
-import sys, pathlib
-from distnorm.drift.record import Record
-record, step = Record(pathlib.Path(sys.argv[1])), 0
-while True:
-    step += 1
-    record.append(step, {"loss": float(step)})
-    print(step, flush=True)
-"""
-
-
-def test_a_killed_process_leaves_every_row_it_wrote(tmp_path):
-    path = tmp_path / "record.jsonl"
-    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            if int(line) >= 200:
-                process.send_signal(signal.SIGKILL)
-                break
-        written = max([200, *map(int, process.stdout.read().split("\n")[:-1])])
-    steps = [row["step"] for row in record.read(path)]
-    assert written <= len(steps) <= written + 1
-    assert steps == list(range(1, len(steps) + 1))
 
 
 @pytest.fixture
@@ -155,124 +84,156 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == {"a": 2}
 
 
-LOGGING = """
-import pathlib, sys, time
-from distnorm.launch import console, report
-console.quiet_libraries()
-from distnorm.launch.run_dir import RunFolder
-from distnorm.tracking import make_loggers
-from tests.runs import composed
-
-folder, mode, rows, then = sys.argv[1:]
-run = RunFolder(pathlib.Path(folder))
-run.path.mkdir()
-names = ["logger.name=mine", "logger.group=ours", "logger.project=theirs"]
-settings = composed(f"logger.mode={mode}", "norm=sync", *names).with_batches(2)
-made = make_loggers(settings.logger, run, report.config(settings, settings.decide(2, 2)), is_first=True)
-for step in range(10, 10 * int(rows) + 1, 10):
-    for logger in made:
-        logger.log_metrics({"train/loss": 1 / step, "epoch": 0}, step=step)
-print("logged", flush=True)
-if then == "hang":
-    time.sleep(60)
-for logger in made:
-    logger.finalize("success")
-"""
-
-
-def start(folder, mode, rows=3, then="end"):
-    """A process that logs as a run does; HOME is empty and has no key."""
-    home = folder / "home"
-    home.mkdir()
-    environ = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_") and key != "NETRC"}
-    return subprocess.Popen(
-        [sys.executable, "-c", LOGGING, folder / "run", mode, str(rows), then],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-        env=environ | {"HOME": str(home), "PYTHONPATH": "."},
-    )
-
-
-def log(folder, mode):
-    """Log three rows; what was printed besides, what the record holds, and wandb's files."""
-    with start(folder, mode) as process:
-        printed = process.communicate(timeout=60)[0].splitlines()
-    assert process.returncode == 0, printed
-    printed.remove("logged")
-    return printed, record.read(folder / "run" / "record.jsonl"), list((folder / "run").glob("wandb/offline-*/*.wandb"))
-
-
 EXPECTED = [(10, 1 / 10, 0), (20, 1 / 20, 0), (30, 1 / 30, 0)]
 
 
-def rows_of(wandb_path):
-    return [(r["trainer/global_step"], r["train/loss"], r["epoch"]) for r in wandb_file.history(wandb_path)]
+def rows_of(rows):
+    return [(r["trainer/global_step"], r["train/loss"], r["epoch"]) for r in rows if "train/loss" in r]
 
 
-def test_offline_both_the_record_and_wandbs_file_have_every_number(tmp_path):
-    printed, rows, [path] = log(tmp_path, "offline")
-    assert printed == []
-    assert [(row["step"], row["train/loss"], row["epoch"]) for row in rows] == EXPECTED
-    assert rows_of(path) == EXPECTED
-    assert wandb_file.step_metrics(path)["*"] == "trainer/global_step"
-    kept = wandb_file.config(path)
-    assert kept["norm"]["kind"] == "sync"
-    assert kept["norm"]["normalization_batch"] == 32
-    assert kept["decision"].items() >= {"kind": "sync", "sync_ranks": 2, "normalization_batch": 32}.items()
-    assert kept["decision"]["reasons"]
-    torn = tmp_path / "torn.wandb"
-    for end in range(0, path.stat().st_size, 50):
-        torn.write_bytes(path.read_bytes()[:end])
-        assert rows_of(torn) == EXPECTED[: len(rows_of(torn))]
+def test_online_without_a_key_both_have_every_number_and_event_and_one_warning_tells_the_remedy(tmp_path):
+    with logged.start(tmp_path, "online") as process:
+        printed = process.communicate(timeout=180)[0].splitlines()
+    assert process.returncode == 0, printed
+    warning, done = printed
+    assert "logger.mode=online" in warning
+    assert "Run `wandb login` first" in warning
+    assert done == "logged False"  # what draws is not loaded before there is something to draw
+    [path] = (tmp_path / "run").glob("wandb/offline-*/*.wandb")
+    there = wait_for(lambda: (read := wandb_file.read(path)).has_ended and read)
+    record_path = tmp_path / "run" / "record.jsonl"
+    assert rows_of(there.rows) == EXPECTED
+    assert [(row["step"], row["train/loss"], row["epoch"]) for row in record.read(record_path)] == EXPECTED
+    about = record.load(record_path).about
+    for kept in (there.config, about):
+        assert kept["norm"]["kind"] == "sync"
+        assert kept["norm"]["normalization_batch"] == 32
+        assert kept["decision"].items() >= {"kind": "sync", "sync_ranks": 2, "normalization_batch": 32}.items()
+        assert kept["decision"]["reasons"]
+        assert kept["decision_layers"] == [{"name": "bn1", "was": "BatchNorm2d", "normalization_batch": None}]
+    assert about["run"] == "run"
+    told_there = [json.loads(row[EVENT]) for row in there.rows if EVENT in row]
+    rows = record.load(record_path).rows
+    assert told_there == [{k: v for k, v in row.items() if k != "time"} for row in rows if record.is_event(row)]
+    kinds = [next(key for key in row if key != "step") for row in told_there]
+    assert kinds == ["watched", "drift", "drift", "drift", "alarm", "snapshot"]
+
+
+def test_at_the_end_wandb_has_pictures_and_a_table_of_layers(tmp_path):
+    made = make_loggers(offline().logger, run_dir.RunFolder(tmp_path), {}, is_first=True)
+    last = told.measured(50, keys=("jeffreys", "between_ranks", "lag"))
+    last.values["lag"][1] = float("nan")
+    for event in (told.watched("bn1", "bn2"), told.measured(10), last, told.alarm(50)):
+        made[1].take(event)
+    made[1].finalize("success")
+    made[1].finalize("success")  # Lightning's second, after the test: nothing new
+    logged.finish(made[1])
+    [path] = tmp_path.glob("wandb/offline-*/*.wandb")
+    [row] = [row for row in wandb_file.read(path).rows if "drift/layers.nrows" in row]
+    assert row["trainer/global_step"] == 50
+    table = json.loads((path.parent / "files" / row["drift/layers.path"]).read_text())
+    values = {key: [float(v) for v in column] for key, column in last.values.items()}
+    order = ["jeffreys", "between_ranks", "lag"]
+    assert table["columns"] == ["layer", "kind", "channels", "samples", *order, "alarm"]
+    assert table["data"] == [
+        ["bn1", "BatchNorm2d", 8, 32, *(values[key][0] for key in order), "lag"],
+        ["bn2", "BatchNorm2d", 8, 32, *(values[key][1] for key in order[:2]), None, ""],
+    ]
+    for key in ("jeffreys", "between_ranks"):
+        picture = path.parent / "files" / row[f"drift/heatmap/{key}.path"]
+        assert picture.stat().st_size < 20_000
+        with Image.open(picture) as image:
+            assert image.size == (row[f"drift/heatmap/{key}.width"], row[f"drift/heatmap/{key}.height"])
+            assert len(image.getcolors()) > 10
+
+
+def test_a_requeue_in_the_same_folder_goes_on_with_the_runs_id(tmp_path):
+    run, ids = run_dir.RunFolder(tmp_path), []
+    for _ in range(2):
+        made = make_loggers(offline().logger, run, {}, is_first=True)
+        ids.append(made[1].experiment.id)
+        logged.finish(made[1])
+        time.sleep(1)  # wandb names its folders by the second
+    assert ids[0] == ids[1]
+    assert {path.stem for path in tmp_path.glob("wandb/offline-*/*.wandb")} == {f"run-{ids[0]}"}
+    assert len(list(tmp_path.glob("wandb/offline-*"))) == 2
+    other = make_loggers(offline().logger, run_dir.RunFolder(tmp_path / "other"), {}, is_first=True)
+    assert other[1].experiment.id != ids[0]
+    logged.finish(other[1])
+
+
+class Told:
+    """Stands in for wandb's run online, which needs a network: it keeps what it is told, or fails."""
+
+    def __init__(self, offline=False, error=None):
+        self.offline, self.error, self.logged, self.alerts = offline, error, [], []
+
+    def log(self, row):
+        if self.error:
+            raise self.error
+        self.logged.append(row)
+
+    def alert(self, **alert):
+        self.alerts.append(alert)
+
+
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_a_raised_alarm_is_an_alert_online(is_offline):
+    run = Told(is_offline)
+    logger = DriftWandbLogger(run)
+    for event in (told.alarm(10), told.alarm(20, state="cleared")):
+        logger.take(event)
+    assert len(run.logged) == 2
+    expected = {"title": "lag of the running mean in bn1", "text": told.alarm(10).message, "level": "WARN"}
+    assert run.alerts == ([] if is_offline else [expected])
+
+
+def test_a_failure_of_wandb_stops_nothing_and_is_told_once(caplog):
+    logger = DriftWandbLogger(Told(error=ConnectionError("the service is gone")))
+    for step in (10, 20):
+        logger.take(told.measured(step))
+        logger.log_metrics({"loss": 1.0}, step)
+    logger.finalize("success")
+    [warning] = [message for message in caplog.messages if "wandb failed" in message]
+    assert "the service is gone" in warning
+    assert "record.jsonl has it all" in warning
+
+
+def test_on_a_long_run_wandb_gets_fewer_and_fewer_measurements_and_the_last():
+    run = Told()
+    logger = DriftWandbLogger(run)
+    logger.take(told.watched("bn1", "bn2"))
+    for step in range(1, 4204):
+        logger.take(told.measured(step, keys=("lag",)))
+    logger.finalize("success")
+    rows = [json.loads(row[EVENT]) for row in run.logged if EVENT in row]
+    steps = [row["step"] for row in rows if "drift" in row]
+    assert steps[:1000:250] == [1, 251, 501, 751]
+    assert [steps[i + 1] - steps[i] for i in (1000, 1400, 1700, 1900, 2010)] == [2, 2, 4, 4, 8]
+    assert steps[-1] == 4203
+    assert len([row for row in run.logged if "drift/layers" in row]) == 5  # after 100, 300, 900, 2700, and at the end
 
 
 def test_disabled_only_the_record_is_written(tmp_path):
-    printed, rows, files = log(tmp_path, "disabled")
-    assert [row["step"] for row in rows] == [10, 20, 30]
-    assert printed == files == []
-    assert not (tmp_path / "run" / "wandb").exists()
+    [logger] = make_loggers(composed("logger.mode=disabled").logger, run_dir.RunFolder(tmp_path), {}, is_first=True)
+    logger.log_metrics({"train/loss": 1.0}, step=10)
+    logger.take(told.measured(20))
+    logger.finalize("success")
+    logger.log_metrics({"test/loss": 1.0}, step=30)  # Lightning tests after it has finalized the fit
+    assert [row["step"] for row in record.load(tmp_path / "record.jsonl").rows] == [10, 20, 30]
+    assert [path.name for path in tmp_path.iterdir()] == ["record.jsonl"]
 
 
-@pytest.fixture(scope="module")
-def without_key(tmp_path_factory):
-    return log(tmp_path_factory.mktemp("online"), "online")
-
-
-def test_online_without_a_key_logs_offline_and_warns_once_of_the_remedy(without_key):
-    printed, rows, [path] = without_key
-    assert len(rows) == len(rows_of(path)) == 3
-    [warning] = [line for line in printed if "logger.mode=online" in line]
-    assert "Run `wandb login` first" in warning
-
-
-def test_online_without_a_key_prints_nothing_but_that_warning(without_key):
-    assert len(without_key[0]) == 1
-
-
-def test_a_killed_run_has_left_every_row_in_the_record_and_in_wandbs_file(tmp_path):
-    rows = 400  # more than one block of the file
-    with start(tmp_path, "offline", rows, "hang") as process:
-        assert process.stdout.readline() == "logged\n"
-        time.sleep(2)
-        [path] = (tmp_path / "run").glob("wandb/offline-*/*.wandb")
-        left = path.read_bytes()  # nothing that wandb's own process may still add when it sees the kill
-        process.send_signal(signal.SIGKILL)
-    (tmp_path / "left.wandb").write_bytes(left)
-    assert len(left) > 32 * 1024
-    steps = list(range(10, 10 * rows + 1, 10))
-    assert [row["step"] for row in record.read(tmp_path / "run" / "record.jsonl")] == steps
-    assert [step for step, *_ in rows_of(tmp_path / "left.wandb")] == steps
-    assert [step for step, *_ in rows_of(path)] == steps
+def offline():
+    return composed("logger.mode=offline")
 
 
 def test_only_the_first_rank_writes(tmp_path):
-    from distnorm.tracking import make_loggers
-
     run = run_dir.RunFolder(tmp_path)
     for logger in make_loggers(composed("logger.mode=offline").logger, run, {}, is_first=False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
             logger.log_metrics({"loss": 1.0}, step=1)
+            logger.take(told.measured(1))
+            logger.finalize("success")
     assert list(tmp_path.iterdir()) == []

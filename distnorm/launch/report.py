@@ -1,5 +1,6 @@
 """What a run says of itself, on the console and in its folder: what was chosen and why, and the result."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,15 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
     write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
 
 
-def config(settings: Settings, spec: NormSpec) -> dict[str, Any]:
-    """Join configuration and decision, as wandb keeps them."""
-    return {**settings.model_dump(), "decision": spec.to_dict()}
+def config(settings: Settings, conversion: Conversion) -> dict[str, Any]:
+    """Join configuration and decision, layer by layer too, as wandb and the record keep them."""
+    layers = [dataclasses.asdict(layer) for layer in conversion.layers]
+    layers += [
+        {"name": x.name, "channels": x.channels, "was": x.was, "now": x.was, "normalization_batch": None, "why": x.why}
+        for x in conversion.left
+    ]
+    decision = {"decision": conversion.spec.to_dict(), "decision_layers": layers}
+    return {**settings.model_dump(), **decision}
 
 
 def finish(
