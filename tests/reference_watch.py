@@ -24,8 +24,15 @@ def measures(seen, blocks, momentum, eps=1e-5):
         found[key] = np.mean([block[key] for block in by_block], 0)
     if len(seen) > 1:
         means_KTC = np.array([[flat(x).mean(0) for x, _, _ in steps] for steps in seen])
-        found["between_ranks"] = reference_drift.between_rank_ratio(means_KTC)
-        found |= anova([steps[-1][0] for steps in seen])
+        found["between_ranks"] = two_way(means_KTC)
+        worth = {
+            rank: found_of["effective_samples"]
+            for block, found_of in zip(blocks, by_block, strict=True)
+            for rank in block
+        }
+        values = {rank: sum(len(flat(seen[r][-1][0])) for r in block) for block in blocks for rank in block}
+        each = [np.minimum(worth[rank] / values[rank], 1) for rank in range(len(seen))]
+        found |= anova([flat(steps[-1][0]) for steps in seen], each)
     if len(blocks) > 1:
         found["rank_spread"] = spread([steps[-1][1:] for steps in seen], eps)
     return found
@@ -55,14 +62,25 @@ def _of_block(ranks, alpha, own, eps):
     }
 
 
-def anova(inputs):
-    """F and the intraclass correlation of one step, of samples as units, each with the variance of its values."""
-    units = [(len(x), flat(x).mean(0), flat(x).var(0)) for x in inputs]
+def two_way(means_KTC):
+    """F of the ranks in a two-way analysis of variance, ranks × times without replication, over its median."""
+    ranks, times, _ = means_KTC.shape
+    of_rank, of_time = means_KTC.mean(1, keepdims=True), means_KTC.mean(0, keepdims=True)
+    residual = means_KTC - of_rank - of_time + means_KTC.mean((0, 1), keepdims=True)
+    free = (ranks - 1) * (times - 1)
+    f = times * of_rank[:, 0].var(0, ddof=1) / ((residual**2).sum((0, 1)) / free)
+    return f / scipy.stats.f.median(ranks - 1, free)
+
+
+def anova(values, each):
+    """F and the intraclass correlation of one step, every value counted as a part `each` of a sample."""
+    units = [(len(x) * part, x.mean(0), x.var(0)) for x, part in zip(values, each, strict=True)]
     total = sum(n for n, _, _ in units)
     whole = sum(n * mean for n, mean, _ in units) / total
     between = sum(n * (mean - whole) ** 2 for n, mean, _ in units) / (len(units) - 1)
     within = sum(n * var for n, _, var in units) / (total - len(units))
     size = (total - sum(n * n for n, _, _ in units) / total) / (len(units) - 1)
+    between = np.where(total > len(units), between, np.nan)  # fewer samples than ranks tell nothing
     return {"f": between / within, "icc": (between - within) / (between + (size - 1) * within)}
 
 

@@ -161,7 +161,7 @@ def test_the_hooks_are_gone_after_a_training_that_failed_and_its_last_snapshot_i
 
 
 def test_full_measures_the_gap_the_shift_and_precise_statistics():
-    memory = fit(DriftMonitor("full", 2, gap_interval=3))
+    memory = fit(DriftMonitor("full", 2, gap_interval=3), Task(momentum=0.5))
     gaps = {step: row for step, row in memory.rows if "drift/model/gap" in row}
     assert sorted(gaps) == [3, 6]
     for row in gaps.values():

@@ -49,7 +49,7 @@ def watched(kinds, kind="full", steps=7, uneven=True, **options):
     """Body: events of a watch over layers of some kinds, and what each layer was given at every step."""
     rank = collectives.rank()
     torch.manual_seed(rank)
-    model = nn.Sequential(*(NORMS[name]() for name in kinds))
+    model = nn.ModuleList(NORMS[name]() for name in kinds)
     memory, seen = Memory(), [[] for _ in kinds]
     for layer, steps_of_layer in zip(model, seen, strict=True):
         nn.init.uniform_(layer.weight), nn.init.normal_(layer.bias)
@@ -58,7 +58,9 @@ def watched(kinds, kind="full", steps=7, uneven=True, **options):
         for step in range(steps):
             with watch.step():
                 samples = 6 + 2 * rank * uneven
-                model(torch.randn(samples, 5, 3, 2) * (1 + 0.1 * step) + 0.2 * rank + torch.arange(5)[:, None, None])
+                x = torch.randn(samples, 5, 3, 2) * (1 + 0.1 * step) + 0.2 * rank + torch.arange(5)[:, None, None]
+                for layer in model:
+                    layer(x)
     return list(memory), seen
 
 
@@ -258,6 +260,23 @@ def test_masked_values_are_left_out():
     snapshot = next(event for event in memory if isinstance(event, Snapshot))
     assert snapshot.layers["0"]["batch_mean"] == [2.0, 3.5]
     assert snapshot.layers["0"]["batch_var"] == [1.0, 2.25]
+
+
+def normalized_before():
+    """Body: the ratio of a layer whose input's mean is 0 on every rank, but for rounding."""
+    torch.manual_seed(collectives.rank())
+    model, memory = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), Memory()
+    with DriftWatch(model, [memory], interval=1) as watch:
+        for _ in range(9):
+            with watch.step():
+                model(torch.randn(8, 3))
+    return [event.values["between_ranks.max"][1] for event in measurements(memory) if "between_ranks" in event.values]
+
+
+def test_rounding_is_no_difference_between_ranks():
+    ratios = ranks.run(normalized_before, world=2)[0]
+    assert len(ratios) == 5
+    assert max(ratios) < 1e-3
 
 
 def with_branch():

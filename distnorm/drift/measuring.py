@@ -81,16 +81,15 @@ class Measurer:
 
     def _between_ranks(self, caught: Caught) -> dict[str, Tensor]:
         ranks, layer_of_S = len(caught.mean), _layer_of(self._channels)
-        missed_RS = (caught.count == 0)[:, layer_of_S]
-        self._ranks_over_time.add(caught.mean.masked_fill(missed_RS, torch.nan))
+        means_RS = caught.mean.masked_fill((caught.count == 0)[:, layer_of_S], torch.nan)
+        self._ranks_over_time.add(means_RS - means_RS.nanmean(0))  # weights that move, move all ranks
         found: dict[str, Tensor] = {}
         over_time = self._ranks_over_time.moments
         if over_time is not None and float(over_time.count.max()) >= FEWEST_TIMES:
-            found["between_ranks"] = noise.between_rank_ratio(over_time)
-        if self._tier == "full":
-            samples_RS, count_RS = caught.samples[:, layer_of_S], caught.count[:, layer_of_S].clamp(min=1)
-            images = Moments(samples_RS, caught.mean, caught.m2 * (samples_RS / count_RS))
-            found |= {"f": noise.f_statistic(images), "icc": noise.intraclass_correlation(images)}
+            # Means that differ by less than 0.0001 σ differ by rounding.
+            tiny_S = 1e-8 * (caught.m2.sum(0) / caught.count.sum(0).clamp(min=1)[layer_of_S])
+            noisy = Moments(over_time.count, over_time.mean, over_time.m2 + over_time.count * tiny_S)
+            found["between_ranks"] = noise.between_rank_ratio(noisy, common_removed=True)
         if any(len(part.blocks) > 1 for part in self._parts) and ranks > 1:
             spread_S = averages.rank_spread(caught.running_mean, caught.running_var + self._eps_S)
             for part in self._parts:
@@ -158,7 +157,7 @@ class _Part:
             gap_BS = (mean_BS - running[0]) * running[1].rsqrt()
             self._gaps.add(gap_BS.masked_fill(~is_there_BS, torch.nan))
             self._vars.add(batch[1])
-            found |= self._over_time(count_BS, samples_BL)
+            found |= self._over_time(caught, count_BS, samples_BL)
         return found
 
     def _merged(self, caught: Caught) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -218,7 +217,7 @@ class _Part:
             bad_BS = bad_BS | health.non_finite(*reference)
         return bad_BS.any(0).double()
 
-    def _over_time(self, count_BS: Tensor, samples_BL: Tensor) -> dict[str, Tensor]:
+    def _over_time(self, caught: Caught, count_BS: Tensor, samples_BL: Tensor) -> dict[str, Tensor]:
         gaps, variances = self._gaps.moments, self._vars.moments
         assert gaps is not None
         assert variances is not None
@@ -235,7 +234,16 @@ class _Part:
                 "estimator_sd": averages.estimator_sd(worth_BS, momentum_S).nanmean(0),
                 "estimator_samples": averages.estimator_samples(samples_BL[:, self._layer_of_S], momentum_S).nanmean(0),
             }
+            found |= self._analysis_of_variance(caught, count_BS, worth_BS) if len(caught.mean) > 1 else {}
         return found
+
+    def _analysis_of_variance(self, caught: Caught, count_BS: Tensor, worth_BS: Tensor) -> dict[str, Tensor]:
+        """Compare the ranks in this step, in units of the samples that a batch is worth: positions are no samples."""
+        count_RS = caught.count[:, self._indices][:, self._layer_of_S]
+        each_BS = (worth_BS / count_BS.clamp(min=1)).clamp(max=1).nan_to_num(1.0)  # what one value is worth
+        each_RS = each_BS[self._block_of_R]
+        units = Moments(count_RS * each_RS, caught.mean[:, self.columns], caught.m2[:, self.columns] * each_RS)
+        return {"f": noise.f_statistic(units), "icc": noise.intraclass_correlation(units)}
 
 
 def _layer_of(channels: Sequence[int]) -> Tensor:

@@ -55,18 +55,23 @@ def design_effect(values: Tensor | float, effective: Tensor) -> Tensor:
     return values / effective
 
 
-def between_rank_ratio(over_time: Moments) -> Tensor:
+def between_rank_ratio(over_time: Moments, *, common_removed: bool = False) -> Tensor:
     """How much further apart the ranks' means lie than by chance: about 1 for shuffled shards, more for sorted ones.
 
         R_p = Var_k(mean_t m_kt) / mean_k(Var_t(m_kt) / T),  divided by the median it has when all ranks draw alike
 
+    While weights move all ranks' means move together, which passes for noise and hides what stays apart. Given m_kt
+    less the mean over the ranks at time t, that is out of it, and the variances over time are multiplied by
+    K / (K - 1), what their common mean has taken.
+
     Args:
         over_time: moments over T ≥ 2 measurements of each of K ≥ 2 ranks' batch mean. A rank with less does not count.
+        common_removed: whether it is of batch means less their mean over the ranks.
 
     Shape: over_time.count broadcasts with [K, C], mean and m2 are [K, C]; result [C].
 
-    Source: one-way analysis of variance; R_p is F-distributed with (K - 1, K (T - 1)) degrees of freedom if ranks draw
-        alike.
+    Source: analysis of variance, one-way, or two-way without replication. If ranks draw alike R_p is F-distributed with
+        (K - 1, K (T - 1)) degrees of freedom, or (K - 1, (K - 1) (T - 1)).
     """
     times_KC = over_time.count.double().expand(over_time.mean.shape)
     there_KC = times_KC >= 2
@@ -75,6 +80,8 @@ def between_rank_ratio(over_time: Moments) -> Tensor:
     between_C = (over_time.mean - mean_C).where(there_KC, 0).square().sum(0) / (ranks_C - 1)
     within_C = (over_time.m2 / (times_KC * (times_KC - 1)).clamp(min=1)).where(there_KC, 0).sum(0) / ranks_C
     freedom_C = (times_KC - 1).where(there_KC, 0).sum(0)
+    if common_removed:
+        within_C, freedom_C = within_C * ranks_C / (ranks_C - 1), freedom_C * (ranks_C - 1) / ranks_C
     ratio_C = between_C / within_C.clamp(min=torch.finfo(within_C.dtype).tiny) / f_median(ranks_C - 1, freedom_C)
     return torch.where(ranks_C < 2, torch.nan, ratio_C)
 

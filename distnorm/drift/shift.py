@@ -3,6 +3,7 @@
 Legend: C channels, S channels of all layers, R ranks.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from distnorm.drift.capture import Hooks, WatchedNorm, watched_norms
 from distnorm.moments import Moments
 
 _FIRST_BATCHES = 4
+_START = 0.05
+"""A running average that its initial 0 and 1 still make more of is not compared: it fits no data yet."""
 
 
 class EvaluationShift:
@@ -29,7 +32,7 @@ class EvaluationShift:
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: int = _FIRST_BATCHES) -> None:
         self._names, self._batches = list(names), batches
-        self._norms = [norm for norm in watched_norms(model) if norm.family != "sample" and norm.name in set(names)]
+        self._norms = [norm for norm in watched_norms(model) if norm.name in set(names) and _has_settled(norm)]
         self._moments: list[Moments | None] = [None] * len(self._norms)
         self._samples = [0] * len(self._norms)
         self._references = [norm.running() for norm in self._norms]
@@ -95,3 +98,12 @@ class EvaluationShift:
         floor = divergence.floors(samples, None, ("jeffreys",))["jeffreys"]
         apart_C = divergence.jeffreys(data.mean, data.var + eps, mean, var + eps)
         return (apart_C - floor) if samples else torch.full_like(mean, torch.nan)
+
+
+def _has_settled(norm: WatchedNorm) -> bool:
+    """Tell whether there is something to compare with: constants, or an average that has forgotten its start."""
+    if norm.family != "running":
+        return norm.family == "constant"
+    momentum, seen = getattr(norm.layer, "momentum", None), getattr(norm.layer, "num_batches_tracked", None)
+    batches = float(seen.max()) if isinstance(seen, Tensor) else math.inf
+    return bool(batches > 0 and (momentum is None or (1 - momentum) ** batches <= _START))
