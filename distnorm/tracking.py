@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from distnorm.settings import LoggerSettings
 from distnorm.wandb_logger import DriftWandbLogger, start_wandb
 
 _log = logging.getLogger(__name__)
+_OF_A_LAYER = re.compile(r"drift/(?!worst/|model/)")
 
 
 class RecordLogger(Logger):
@@ -43,8 +45,10 @@ class RecordLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a row; Lightning's own `epoch` goes with the rest."""
-        self._opened().append(step or 0, metrics)
+        """Append a row; Lightning's own `epoch` goes with the rest, single layers' drift is in the events already."""
+        rest = {key: value for key, value in metrics.items() if not _OF_A_LAYER.match(key)}
+        if rest:
+            self._opened().append(step or 0, rest)
 
     @rank_zero_only
     def take(self, event: Event) -> None:

@@ -420,7 +420,7 @@ def test_names_can_be_chosen():
     ("options", "words"),
     [
         ({"kind": "lite"}, r"drift.kind='lite' is not one of light, full. Did you mean 'light'\?"),
-        ({"interval": 0}, r"drift.interval=0 must be a whole number of at least 1. Use e.g. 10."),
+        ({"interval": 0}, r"drift.interval=0 must be a whole number of at least 1. Use e.g. 20."),
         ({"on_alarm": "stpo"}, r"drift.on_alarm='stpo' is not one of warn, stop. Did you mean 'stop'\?"),
     ],
 )

@@ -16,6 +16,7 @@ from distnorm.drift.shift import EvaluationShift
 from distnorm.drift.watch import DriftWatch
 
 _RECENT = 10
+_OF_LAYERS = ("jeffreys", "between_ranks", "lag", "effective_samples")
 _SILENT = {
     "running": (),
     "pooled": ("rank_spread",),
@@ -35,9 +36,9 @@ class DriftMonitor(Callback):
     """Watch the statistics of every norm while a Trainer trains; see `DriftWatch` and docs/drift.md.
 
     Every logger that has `take(event)` gets whole events: measurements of all layers, alarms, snapshots. All loggers
-    get numbers: `drift/worst/<measure>`, the worst layer's; `drift/<layer>/<measure>` of the layers that have lately
-    been the worst; and `drift/model/<measure>`. `full` also measures what evaluation makes of it: the shift of the
-    evaluation data's first batches against the statistics, and every `gap_interval` steps the train/eval gap of the
+    get numbers: `drift/worst/<measure>`, the worst layer's; some `drift/<layer>/<measure>` of the layers that have
+    lately been the worst; and `drift/model/<measure>`. `full` also measures what evaluation makes of it: the shift of
+    the evaluation data's first batches against the statistics, and every `gap_interval` steps the train/eval gap of the
     step's batch, with the layers that it comes from when it is alarming.
 
     Args:
@@ -63,7 +64,7 @@ class DriftMonitor(Callback):
     def __init__(
         self,
         kind: Literal["none", "light", "full"] = "light",
-        interval: int = 10,
+        interval: int = 20,
         *,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -228,7 +229,7 @@ class DriftMonitor(Callback):
             if row is None or not known:
                 continue
             scalars[f"drift/worst/{measure.key}"] = (max if measure.span > measure.healthy else min)(known)
-            if measure.tier == "light":
+            if measure.key in _OF_LAYERS:
                 scalars |= {f"drift/{names[i]}/{measure.key}": row[i] for i in shown if not math.isnan(row[i])}
         return scalars
 

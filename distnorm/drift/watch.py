@@ -16,7 +16,7 @@ from torch import nn
 from distnorm import collectives
 from distnorm.drift.alarms import Alarms
 from distnorm.drift.capture import Hooks, WatchedNorm, watched_norms
-from distnorm.drift.events import Alarm, Event, Measurement, Snapshot, TakesEvents, Watched, WatchedLayer
+from distnorm.drift.events import Alarm, Event, Measurement, TakesEvents, Watched, WatchedLayer
 from distnorm.drift.gathering import Caught, Gathering, PendingCatch
 from distnorm.drift.measuring import Measurer
 from distnorm.drift.snapshots import snapshot
@@ -74,7 +74,7 @@ class DriftWatch:
         sinks: Sequence[TakesEvents] = (),
         *,
         kind: Tier = "light",
-        interval: int = 10,
+        interval: int = 20,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         silent: Collection[str] = (),
@@ -94,7 +94,7 @@ class DriftWatch:
         self._pending: tuple[int, PendingCatch] | None = None
         self._told_layers = False
         self._measurements = 0
-        self._snapshot: Snapshot | None = None
+        self._untold: tuple[int, Caught] | None = None
         self.last: Measurement | None = None
         self.samples: dict[str, int] = {}
 
@@ -137,9 +137,8 @@ class DriftWatch:
         self._hooks.remove()
         self.is_measuring = False
         self._finish()
-        if self._snapshot is not None:
-            self.tell(self._snapshot)
-            self._snapshot = None
+        if self._untold is not None:
+            self._tell_snapshot(*self._untold)
 
     def abandon(self) -> None:
         """Let go of the model after a failure; what is under way is not waited for, what is known is told."""
@@ -194,11 +193,14 @@ class DriftWatch:
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
         changes = self._take_measurement(self.last)
         self._measurements += 1
-        self._snapshot = snapshot(step, self._gathering.norms, caught)
+        self._untold = step, caught
         # At the 1st, 2nd, 4th, 8th … measurement: a bounded number, whatever the run's length.
         if self._measurements & (self._measurements - 1) == 0 or any(alarm.state == "raised" for alarm in changes):
-            self.tell(self._snapshot)
-            self._snapshot = None
+            self._tell_snapshot(step, caught)
+
+    def _tell_snapshot(self, step: int, caught: Caught) -> None:
+        self._untold = None
+        self.tell(snapshot(step, self._gathering.norms, caught))
 
     def take_values(self, step: int, values: Mapping[str, list[float]]) -> None:
         """Take measures of all layers that were made elsewhere, in the order of `names`; only rank 0 tells them."""
@@ -253,4 +255,4 @@ def _check(kind: str, interval: int, on_alarm: str) -> None:
             near = did_you_mean(str(value), choices)
             raise ConfigError(f"drift.{argument}={value!r} is not one of {', '.join(choices)}.{near}")
     if not isinstance(interval, int) or interval < 1:
-        raise ConfigError(f"drift.interval={interval!r} must be a whole number of at least 1. Use e.g. 10.")
+        raise ConfigError(f"drift.interval={interval!r} must be a whole number of at least 1. Use e.g. 20.")
