@@ -101,6 +101,7 @@ class Browser:
         self._session = found["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.call("Performance.enable", timeDomain="threadTicks")
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=mobile
         )
@@ -108,6 +109,11 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[{"name": k, "value": v} for k, v in media.items()])
         self.call("Page.navigate", url=path.resolve().as_uri())
         self.wait("document.documentElement?.dataset.ready")
+
+    def busy_s(self):
+        """Seconds of the processor that the page has taken."""
+        found = self.call("Performance.getMetrics")["metrics"]
+        return next(one["value"] for one in found if one["name"] == "TaskDuration")
 
     def wait(self, expression, seconds=20):
         """Wait until an expression is true in the page, and give its value."""

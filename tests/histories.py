@@ -36,7 +36,8 @@ def history(
             worst[key] = np.stack([_channels(random, layer.channels, len(at)) for layer in watched])
     snapshots = tuple(_snapshot(int(at[-1] * part), watched, world, random, sorted_shards) for part in (0.5, 1))
     decision = decide(device_batch=4, world_size=world, iid=not sorted_shards).to_dict()
-    about = {"task": {"model": "digits"}, "seed": seed, "decision": decision}
+    settings = {"data": {"name": "digits", "device_batch": 4}, "optimizer": {"lr": 0.1}, "seed": seed}
+    about = {**settings, "decision": decision}
     alarms = _alarms(values, at, watched) if sorted_shards else ()
     scalars = _scalars(at, random, sorted_shards)
     return History(name, about, watched, world, at, values, worst, scalars, alarms, snapshots)

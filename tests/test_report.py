@@ -208,6 +208,14 @@ def test_the_tables_hold_what_the_maps_show(tmp_path):
     assert "Shuffle before sharding" in text
     assert "<noscript>" in text
     assert "sync over 8 ranks, normalization batch 32" in text
+    assert "<dt>data.device_batch</dt><dd>4</dd>" in text
+
+
+def test_what_differs_by_layer_is_told(tmp_path):
+    run = history(layers=2, steps=200, keys=["lag"])
+    decision = {**run.about["decision"], "layers": {"layers.0.*": {"kind": "group", "groups": 8}}}
+    run = dataclasses.replace(run, about={"decision": decision})
+    assert "<li>layers.0.*: kind=group, groups=8</li>" in render([run], tmp_path / "page.html").read_text()
 
 
 def test_runs_are_compared_in_a_table(tmp_path):

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 
 from distnorm.drift.catalogue import MEASURES
 from distnorm.drift.report.render import render
-from tests.browser import Browser
+from tests.browser import REQUIRED, Browser, find
 from tests.histories import history
 
 pytestmark = pytest.mark.unit
@@ -19,7 +17,7 @@ pytestmark = pytest.mark.unit
 ARTEFACTS = Path(__file__).parent.parent / "test-artefacts"
 EVIL = "<script>alert(1)</script>"
 SECTIONS = ("verdict", "drift", "gap", "alarms", "worst", "decision")
-DRAWN = "!!document.querySelector('.overview .value:not(:empty)')"
+DRAWN = "!document.querySelector('.overview .value:empty')"
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +64,8 @@ def choose(browser, key, stat="median"):
 def place_of(browser, run, row, t, which=0):
     """The middle of a cell in the window, by the page's own geometry alone: rows and steps are even."""
     browser.value(f"document.querySelectorAll('.cells')[{which}].scrollIntoView({{block: 'center'}})")
-    left, top, width, height = browser.value(
-        f"(r => [r.left, r.top, r.width, r.height])(document.querySelectorAll('.cells')[{which}].getBoundingClientRect())"
-    )
+    box = f"document.querySelectorAll('.cells')[{which}].getBoundingClientRect()"
+    left, top, width, height = browser.value(f"(r => [r.left, r.top, r.width, r.height])({box})")
     return left + (t + 0.5) * width / len(run.steps), top + (row + 0.5) * height / len(run.layers)
 
 
@@ -86,27 +83,26 @@ def test_the_page_works_at_any_width_in_light_and_dark(browser, page, width, dar
     shown(browser, page, f"report-{width}-{'dark' if dark else 'light'}", width=width, dark=dark, **how)
     for section in SECTIONS:
         box = browser.value(f"(r => [r.width, r.height])(document.getElementById('{section}').getBoundingClientRect())")
-        assert box[0] > 300 and box[1] > 60, section
+        assert min(box[0], 5 * box[1]) > 300, section
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, background[4:-1].split(","))) < 60) == dark
     assert browser.value("document.querySelectorAll('.chart svg path.line').length") >= 4
 
 
-@pytest.mark.parametrize(("key", "stat"), [("between_ranks", "median"), ("lag", "p95"), ("effective_samples", "max")])
-def test_pointing_at_a_cell_says_layer_step_value_and_worst_channel(browser, page, run, key, stat):
+def test_pointing_at_a_cell_says_layer_step_value_and_worst_channel(browser, page, run):
     shown(browser, page)
-    choose(browser, key, stat)
-    values = run.values[key + {"median": ""}.get(stat, f".{stat}")]
-    for row, t in ((8, 149), (0, 5), (4, 77)):
-        browser.mouse(*place_of(browser, run, row, t))
-        said = readout(browser).split(" · ")
-        assert said[0] == run.layers[row].name
-        assert said[1] == in_words(int(run.steps[t]))
-        assert said[3] == f"worst channel {run.worst_channels[key][row, t]}"
-        digits = next(word for word in said[2].replace("\u2009", "").split() if word.replace(".", "").isdigit())
-        assert float(digits) == float(f"{values[row, t]:.3g}")
-    tip = browser.value("document.getElementById('tip').innerText")
-    assert run.layers[4].name in tip
+    for key, stat in (("between_ranks", "median"), ("lag", "p95"), ("effective_samples", "max")):
+        choose(browser, key, stat)
+        values = run.values[key + {"median": ""}.get(stat, f".{stat}")]
+        for row, t in ((8, 149), (0, 5), (4, 77)):
+            browser.mouse(*place_of(browser, run, row, t))
+            said = readout(browser).split(" · ")
+            assert said[0] == run.layers[row].name
+            assert said[1] == in_words(int(run.steps[t]))
+            assert said[3] == f"worst channel {run.worst_channels[key][row, t]}"
+            digits = next(word for word in said[2].split() if word.replace(".", "").isdigit())
+            assert float(digits) == float(f"{values[row, t]:.3g}")
+    assert run.layers[4].name in browser.value("document.getElementById('tip').innerText")
 
 
 def test_a_click_opens_the_layer(browser, page, run):
@@ -158,7 +154,7 @@ def test_measures_are_chosen_by_arrow_keys(browser, page):
     assert browser.value("document.activeElement.id") == "tab-between_ranks"  # the headline's
     browser.press("ArrowRight")
     browser.wait("document.documentElement.dataset.ready === 'lag'")
-    assert browser.value("document.querySelector('#measure-title').textContent") == "lag of the running mean, σ"
+    assert browser.value("document.querySelector('#measure-title').textContent") == "Lag of the running mean, σ"
     assert "limit 0.5" in browser.value("document.getElementById('legend').textContent")
 
 
@@ -187,9 +183,12 @@ def test_the_theme_is_chosen_and_remembered(browser, page):
 
 CONTRAST = """(() => {
   const rgb = (c) => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
-  const light = (c) => { const [r, g, b] = c.map((v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const behind = (e) => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor); if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
+  const linear = (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+  const behind = (e) => {
+    const back = e ? rgb(getComputedStyle(e).backgroundColor) : [255, 255, 255, 1];
+    return back[3] === 1 ? back : behind(e.parentElement);
+  };
   const found = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
@@ -199,7 +198,7 @@ CONTRAST = """(() => {
     const back = behind(e);
     const ink = rgb(e instanceof SVGElement ? style.fill : style.color);
     const seen = [0, 1, 2].map((i) => ink[i] * ink[3] + back[i] * (1 - ink[3]));
-    const [a, b] = [light(seen), light(back.slice(0, 3))].sort((x, y) => y - x);
+    const [a, b] = [light(seen), light(back)].sort((x, y) => y - x);
     found.push([(a + 0.05) / (b + 0.05), walk.currentNode.data.trim().slice(0, 40)]);
   }
   return found;
@@ -220,13 +219,14 @@ def test_all_text_has_contrast(browser, pages, run, dark):
 def test_runs_stand_side_by_side_with_one_scale_and_one_cursor(browser, pages, run):
     shown(browser, pages, "report-two-runs", width=1600)
     boxes = browser.value("[...document.querySelectorAll('.cells')].map((c) => c.getBoundingClientRect().top)")
-    assert len(boxes) == 2 and boxes[0] == boxes[1]
+    assert len(boxes) == 2
+    assert len(set(boxes)) == 1
     browser.mouse(*place_of(browser, run, 6, 100, which=1))
     assert readout(browser).startswith("sorted shards · layers.2.bn1 · step 2\u2009020")
     frames = browser.value(
         "[...document.querySelectorAll('.over .cell')].map((r) => [r.getAttribute('y'), r.getAttribute('visibility')])"
     )
-    assert frames[0] == frames[1] and frames[0][1] == "visible"
+    assert frames == [[frames[0][0], "visible"]] * 2
     assert browser.value("document.querySelectorAll('#compare tbody tr').length") > 10
 
 
@@ -258,16 +258,24 @@ def test_a_name_that_is_markup_shows_as_text(browser, tmp_path):
 def test_a_large_page_is_usable_soon(browser, tmp_path):
     large = history(layers=100, steps=20_000, keys=[m.key for m in MEASURES], sorted_shards=True)
     page = render([large], tmp_path / "page.html")
-    begun = time.process_time(), time.monotonic()
     browser.open(page)
-    soon = browser.value("performance.now()")
+    assert browser.busy_s() < 2
     browser.wait(DRAWN)
-    assert soon < 2000 * float(os.environ.get("DISTNORM_SLOWNESS", 3)), f"{soon} ms, {time.monotonic() - begun[1]} s"
     browser.screenshot(ARTEFACTS / "report-100-layers.png", whole=False)
     browser.mouse(*place_of(browser, large, 99, 900))
     t = int(np.argmin(np.abs(large.steps - int("".join(filter(str.isdigit, readout(browser).split(" · ")[1]))))))
     assert abs(t - 900) <= 1
     assert f"{large.values['between_ranks'][99, t]:.3g}" in readout(browser)
+
+
+def test_without_chromium_tests_skip_and_fail_where_it_is_required(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv(REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no chromium"):
+        find()
+    monkeypatch.setenv(REQUIRED, "1")
+    with pytest.raises(AssertionError, match="there is no chromium"):
+        find()
 
 
 def test_a_run_without_measurements_has_a_page(browser, tmp_path):

@@ -84,6 +84,10 @@ function thousands(value) {
   return (whole.replace(/\B(?=(\d{3})+$)/g, "\u2009") + (part ? `.${part}` : "")).replace("-", "−");
 }
 
+function sentence(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
 function unit(measure) {
   return measure.unit ? ` ${measure.unit}` : "";
 }

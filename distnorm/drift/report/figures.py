@@ -105,11 +105,13 @@ def _map(histories: Sequence[History], measure: Measure, plt: Any, mpl: Any) -> 
         names = [_plain(layer.name) for layer in history.layers]
         one.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
         steps = [a.step for a in history.alarms if a.measure == measure.key and a.state == "raised"]
-        one.plot(steps, [len(names) - 0.5] * len(steps), "^", color="#b3261e", clip_on=False, markersize=6)
+        if steps:
+            one.plot(steps, [len(names) - 0.5] * len(steps), "^", color="#b3261e", clip_on=False, markersize=6)
         one.set_xlabel("step")
         one.set_title(_plain(history.name) if len(histories) > 1 else "", fontsize=9)
     bar = figure.colorbar(drawn, ax=axes[0].tolist(), extend="both", pad=0.02)
-    bar.set_label(f"{measure.title}{f' ({measure.unit})' if measure.unit else ''}")
+    bar.set_label(measure.unit)
+    figure.suptitle(measure.title, fontsize=10)
     if is_log:
         _plain_numbers(bar.ax.yaxis)
     if measure.limit is not None:

@@ -24,7 +24,7 @@ async function drawLines(name) {
       if (row >= 0 && high) series.push({ name: "p95", xs: run.steps, ys: values(high), run: index, faint: true });
       if (row >= 0 && median) series.push({ name: run.name, xs: run.steps, ys: values(median), run: index });
     }
-    return lineChart({ title: measure.title, unitText: measure.unit, series, limit: measure.limit, healthy: measure.healthy });
+    return lineChart({ title: sentence(measure.title), unitText: measure.unit, series, limit: measure.limit, healthy: measure.healthy });
   }));
   document.getElementById("lines").replaceChildren(...found.filter(Boolean));
 }

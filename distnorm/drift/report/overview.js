@@ -5,7 +5,7 @@ function drawOverview(choose) {
   for (const measure of DATA.measures) {
     const canvas = make("canvas", { width: 132, height: 44, "aria-hidden": "true" });
     const value = make("span", { class: "value" });
-    const tab = make("button", { type: "button", role: "tab", id: `tab-${measure.key}`, "aria-controls": "panel", "aria-selected": "false", tabindex: "-1", title: measure.title }, make("span", { class: "name" }, measure.title), canvas, value);
+    const tab = make("button", { type: "button", role: "tab", id: `tab-${measure.key}`, "aria-controls": "panel", "aria-selected": "false", tabindex: "-1", title: measure.title }, make("span", { class: "name" }, sentence(measure.title)), canvas, value);
     tab.addEventListener("click", () => choose(measure.key));
     box.append(tab);
   }

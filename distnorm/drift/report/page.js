@@ -20,7 +20,7 @@ function theme() {
 async function choose(key, stat = "median") {
   state.measure = MEASURE.get(key);
   state.stat = hasStat(stat) ? stat : "median";
-  byId("measure-title").textContent = state.measure.title + (state.measure.unit ? `, ${state.measure.unit}` : "");
+  byId("measure-title").textContent = sentence(state.measure.title) + (state.measure.unit ? `, ${state.measure.unit}` : "");
   byId("measure-normal").textContent = `Normal: ${state.measure.normal}.` + (state.measure.limit ? ` Alarm ${state.measure.limit.side} ${say(state.measure.limit.at)}: ${state.measure.limit.meaning}.` : "");
   drawStats();
   markOverview();
@@ -70,7 +70,7 @@ function drawGap() {
   for (const measure of DATA.model) {
     const [title, ...more] = measure.title.split(": ");
     const unitText = [measure.unit, more.join(": ")].filter(Boolean).join(" · ");
-    figures.push(lineChart({ title: title.charAt(0).toUpperCase() + title.slice(1), unitText, series: series(`drift/model/${measure.key}`), limit: measure.limit, healthy: 0, wide: true }));
+    figures.push(lineChart({ title: sentence(title), unitText, series: series(`drift/model/${measure.key}`), limit: measure.limit, healthy: 0, wide: true }));
   }
   box.replaceChildren(...figures.filter(Boolean));
 }

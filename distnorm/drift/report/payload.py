@@ -19,13 +19,13 @@ from distnorm.drift.report.pack import pack, pack_whole, packed_bytes
 MOST_BYTES = 5_500_000
 """Of packed numbers a page."""
 
-_ESTIMATE = 0.94  # deflated, rows take up to that much more than by their entropy
+_ESTIMATE = 0.94  # deflated, noise takes a little more than its entropy
 _SNAPSHOT_BYTES = 700_000
 _SHOWN = ("running_mean", "running_var", "batch_mean", "batch_var", "rank_means")
 _MOST_POINTS = 1500
 _MOST_RANKS = 16
 _TWO_SIDED = {"precise_ratio"}
-_THINNER = ((1, 1), (1, 2), (1, 3), (1, 4), (1, 6), (1, 8), (2, 8), (4, 8), (4, 16), (8, 32), (16, 64), (64, 256))
+_THINNER = ((1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 8), (2, 8), (4, 8), (4, 16), (8, 32), (16, 64), (64, 256))
 
 
 def payload(histories: Sequence[History]) -> dict[str, Any]:

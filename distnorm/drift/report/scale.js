@@ -85,7 +85,7 @@ function drawLegend(box, measure) {
   const stops = Array.from({ length: 17 }, (_, i) => `rgb(${colours[i * 15 + (i >> 4) * 15]})`).join(",");
   const bar = make("div", { class: "ramp" });
   bar.style.background = `linear-gradient(90deg, ${stops})`;
-  const marks = [[0, `${measure.healthy === 0 ? "0" : say(measure.healthy)}`, "healthy"],
+  const marks = [[0, `healthy ${say(measure.healthy)}`, "healthy"],
     [1, `${say(measure.span)}${unit(measure)}`, "span"]];
   if (measure.limit) marks.push([share(measure, measure.limit.at), `limit ${say(measure.limit.at)}`, "limit"]);
   const scale = make("div", { class: "marks" });

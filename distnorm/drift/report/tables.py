@@ -4,7 +4,7 @@ Legend: L layers, T measurements.
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,8 @@ def decisions(histories: Sequence[History]) -> str:
     parts = []
     for history in histories:
         name = f"<h3>{_text(history.name)}</h3>" if len(histories) > 1 else ""
-        parts.append(name + _decision(history.about.get("decision")))
+        rest = {key: value for key, value in history.about.items() if key not in {"decision", "schema", "time"}}
+        parts.append(name + _decision(history.about.get("decision")) + _settings(rest))
     return f'<div class="decisions">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
@@ -206,9 +207,28 @@ def _decision(values: Any) -> str:
     return (
         f'<p class="kind">{_text(spec.in_words())}</p><dl class="facts">{listed}</dl>'
         + _list("Because", spec.reasons)
+        + _list("Differs in", [_override(*one) for one in (*spec.layers.items(), *spec.per_kind.items())])
         + _list("Evidence", spec.evidence)
         + _list("Alternatives", [_alternative(other.setting, other) for other in spec.alternatives])
     )
+
+
+def _override(name: str, change: Mapping[str, Any]) -> str:
+    return f"{name}: {', '.join(f'{key}={value}' for key, value in change.items())}"
+
+
+def _settings(about: Mapping[str, Any]) -> str:
+    """Fold all settings away, by their names on the command line."""
+    lines = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in _flat(about))
+    return f'<details><summary>All settings</summary><dl class="settings">{lines}</dl></details>' if lines else ""
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def _alternative(setting: str, other: Any) -> str:
