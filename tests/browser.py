@@ -90,7 +90,7 @@ class Browser:
                 assert "error" not in answer, f"{method}: {answer['error']}"
                 return answer["result"]
 
-    def open(self, path, *, width=1280, height=900, dark=False, scale=1, mobile=False):
+    def open(self, path, *, width=1280, height=900, dark=False, scale=1, mobile=False, scripts=True):
         """Open a file in a new page, and wait until its script has drawn."""
         if self._session:
             self.call("Target.closeTarget", session=False, targetId=self._target)
@@ -107,8 +107,9 @@ class Browser:
         )
         media = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
         self.call("Emulation.setEmulatedMedia", features=[{"name": k, "value": v} for k, v in media.items()])
+        self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         self.call("Page.navigate", url=path.resolve().as_uri())
-        self.wait("document.documentElement?.dataset.ready")
+        self.wait("document.documentElement?.dataset.ready" if scripts else "!!document.querySelector('footer')")
 
     def busy_s(self):
         """Seconds of the processor that the page has taken."""

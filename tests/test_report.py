@@ -18,7 +18,8 @@ from distnorm.drift.report.command import report
 from distnorm.drift.report.figures import figures
 from distnorm.drift.report.payload import payload, safe_json
 from distnorm.drift.report.render import render
-from distnorm.drift.report.verdict import layers_beyond, number, verdict
+from distnorm.drift.report.verdict import number, verdict
+from distnorm.drift.report.worst import layers_beyond, worst
 from distnorm.errors import ConfigError
 from tests.histories import history
 
@@ -122,6 +123,13 @@ def test_beyond_counts_measurements_in_a_row_and_skips_those_not_made():
     limit = BY_KEY["between_ranks"].limit  # three in a row
     rows = np.array([[3, 3, 1, 3, 3], [3, np.nan, 3, np.nan, 3], [1, 1, 3, 3, 3]])
     assert layers_beyond(rows, limit).tolist() == [False, True, True]
+
+
+def test_a_ratio_is_bad_on_either_side():
+    run = with_values("precise_ratio", [[1.5, 1.2], [0.5, np.nan]])
+    assert worst(run, "precise_ratio") == (0.5, 1, 0)
+    assert worst(with_values("effective_samples", [[8.0, 3.0], [np.nan, 5.0]]), "effective_samples") == (3.0, 0, 1)
+    assert worst(with_values("lag", [[np.nan, np.nan]]), "lag") is None
 
 
 EVIL = "<script>alert(1)</script>"

@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from distnorm.drift.catalogue import BY_KEY
 from distnorm.drift.report.pack import pack, pack_whole, packed_bytes
 from distnorm.drift.report.payload import payload, thinned
+from distnorm.drift.report.worst import badness
 from tests.histories import history
 
 pytestmark = pytest.mark.unit
@@ -87,7 +89,7 @@ def test_smooth_rows_take_less_than_noisy_ones():
     arrays.arrays(np.float64, (3, 11), elements=st.floats(0, 9) | st.just(np.nan)), st.integers(1, 13), st.booleans()
 )
 def test_thinning_keeps_the_worst(values, k, is_low_bad):
-    kept, picked = thinned(values, k, is_low_bad=is_low_bad)
+    kept, picked = thinned(values, badness(values, BY_KEY["effective_samples" if is_low_bad else "lag"]), k)
     for row in range(3):
         for column in range(math.ceil(11 / k)):
             block = values[row, column * k : (column + 1) * k]

@@ -48,7 +48,7 @@ def shown(browser, path, name=None, **how):
     browser.wait(DRAWN)
     assert browser.problems == []
     assert [url for url in browser.urls if not url.startswith(("file:", "data:"))] == []
-    assert browser.value("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    assert browser.value("document.documentElement.scrollWidth") <= how.get("width", 1280), "the page scrolls sideways"
     if name:
         browser.screenshot(ARTEFACTS / f"{name}.png")
 
@@ -78,7 +78,7 @@ def in_words(step):
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1600, False), (1600, True)])
-def test_the_page_works_at_any_width_in_light_and_dark(browser, page, width, dark):
+def test_the_page_works_at_any_width_in_light_and_dark(browser, page, run, width, dark):
     how = {"height": 844, "scale": 2, "mobile": True} if width == 390 else {}
     shown(browser, page, f"report-{width}-{'dark' if dark else 'light'}", width=width, dark=dark, **how)
     for section in SECTIONS:
@@ -87,6 +87,9 @@ def test_the_page_works_at_any_width_in_light_and_dark(browser, page, width, dar
     background = browser.value("getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, background[4:-1].split(","))) < 60) == dark
     assert browser.value("document.querySelectorAll('.chart svg path.line').length") >= 4
+    browser.mouse(*place_of(browser, run, 7, 140), click=True)
+    browser.wait("document.querySelectorAll('#lines svg').length > 5")
+    assert browser.value("document.documentElement.scrollWidth") <= width
 
 
 def test_pointing_at_a_cell_says_layer_step_value_and_worst_channel(browser, page, run):
@@ -231,7 +234,7 @@ def test_runs_stand_side_by_side_with_one_scale_and_one_cursor(browser, pages, r
 
 
 def test_a_name_that_is_markup_shows_as_text(browser, tmp_path):
-    run = history(layers=3, steps=1000, names=[EVIL, "a", "b"], sorted_shards=True)
+    run = history(layers=3, steps=1000, names=[EVIL, "a", "b" * 300], sorted_shards=True)
     message = f"between-rank ratio 9 in {EVIL}"
     alarms = tuple(dataclasses.replace(one, layer=EVIL, message=message) for one in run.alarms)
     run = dataclasses.replace(run, name=EVIL, alarms=alarms, lost=(f"lost {EVIL}",))
@@ -276,6 +279,16 @@ def test_without_chromium_tests_skip_and_fail_where_it_is_required(monkeypatch):
     monkeypatch.setenv(REQUIRED, "1")
     with pytest.raises(AssertionError, match="there is no chromium"):
         find()
+
+
+def test_without_scripts_the_tables_are_there(browser, page, run):
+    browser.open(page, scripts=False)
+    text = browser.value("document.body.innerText")
+    assert "switched off here" in text
+    assert all(layer.name in text for layer in run.layers)
+    assert "Shuffle before sharding" in text
+    assert "Point at a cell" not in text
+    browser.screenshot(ARTEFACTS / "report-without-scripts.png")
 
 
 def test_a_run_without_measurements_has_a_page(browser, tmp_path):

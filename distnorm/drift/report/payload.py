@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from distnorm.drift.catalogue import BY_KEY, MEASURES, OF_THE_MODEL, Limit, Measure
 from distnorm.drift.history import History
 from distnorm.drift.report.pack import pack, pack_whole, packed_bytes
+from distnorm.drift.report.worst import TWO_SIDED, badness
 
 MOST_BYTES = 5_500_000
 """Of packed numbers a page."""
@@ -24,8 +25,21 @@ _SNAPSHOT_BYTES = 700_000
 _SHOWN = ("running_mean", "running_var", "batch_mean", "batch_var", "rank_means")
 _MOST_POINTS = 1500
 _MOST_RANKS = 16
-_TWO_SIDED = {"precise_ratio"}
-_THINNER = ((1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (1, 6), (1, 8), (2, 8), (4, 8), (4, 16), (8, 32), (16, 64), (64, 256))
+_THINNER = (
+    (1, 1),
+    (1, 2),
+    (1, 3),
+    (1, 4),
+    (1, 5),
+    (1, 6),
+    (1, 8),
+    (2, 8),
+    (4, 8),
+    (4, 16),
+    (8, 32),
+    (16, 64),
+    (64, 256),
+)
 
 
 def payload(histories: Sequence[History]) -> dict[str, Any]:
@@ -54,7 +68,9 @@ def safe_json(values: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def thinned(values_LT: NDArray[np.float64], k: int, *, is_low_bad: bool) -> tuple[Any, NDArray[np.int64]]:
+def thinned(
+    values_LT: NDArray[np.float64], bad_LT: NDArray[np.float64], k: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Keep the worst of each k measurements, and say which one it was.
 
     Returns:
@@ -62,13 +78,10 @@ def thinned(values_LT: NDArray[np.float64], k: int, *, is_low_bad: bool) -> tupl
     """
     layers, times = values_LT.shape
     columns = math.ceil(times / k)
-    padded = np.full((layers, columns * k), np.nan)
-    padded[:, :times] = values_LT
-    blocks = padded.reshape(layers, columns, k)
-    bad = np.where(np.isnan(blocks), -np.inf, -blocks if is_low_bad else blocks)
-    pick = bad.argmax(-1)
-    kept = np.take_along_axis(blocks, pick[..., None], -1)[..., 0]
-    return kept, np.minimum(pick + np.arange(columns) * k, times - 1)
+    padded = np.full((layers, columns * k), -np.inf)
+    padded[:, :times] = bad_LT
+    picked = np.minimum(padded.reshape(layers, columns, k).argmax(-1) + np.arange(columns) * k, max(times - 1, 0))
+    return np.take_along_axis(values_LT, picked, 1), picked
 
 
 def _thinning(histories: Sequence[History], room: int) -> tuple[int, int]:
@@ -88,7 +101,7 @@ def _measure(measure: Measure) -> dict[str, Any]:
     """Add how the colour scale runs: by the logarithm where it spans most of a decade."""
     is_log = measure.healthy > 0 and abs(math.log10(measure.span / measure.healthy)) > 0.7
     plain = dataclasses.asdict(measure)
-    return {**plain, "limit": _limit(measure.limit), "log": is_log, "two_sided": measure.key in _TWO_SIDED}
+    return {**plain, "limit": _limit(measure.limit), "log": is_log, "two_sided": measure.key in TWO_SIDED}
 
 
 def _limit(limit: Limit | None) -> dict[str, Any] | None:
@@ -100,7 +113,7 @@ def _run(history: History, thin: tuple[int, int]) -> dict[str, Any]:
     for key, values_LT in history.values.items():
         k = thin["." in key]
         measure = BY_KEY.get(key.partition(".")[0])
-        kept, picked = thinned(values_LT, k, is_low_bad=measure is not None and measure.span < measure.healthy)
+        kept, picked = thinned(values_LT, values_LT if measure is None else badness(values_LT, measure), k)
         planes[key] = {"k": k, **pack(kept)}
         channels_LT = history.worst_channels.get(key.removesuffix(".max"))
         if channels_LT is not None and (key.endswith(".max") or f"{key}.max" not in history.values):

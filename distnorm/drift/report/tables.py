@@ -11,7 +11,8 @@ import numpy as np
 
 from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Measure
 from distnorm.drift.history import History
-from distnorm.drift.report.verdict import Verdict, layers_beyond, number, open_alarms, verdict, worst
+from distnorm.drift.report.verdict import Verdict, number, open_alarms, verdict
+from distnorm.drift.report.worst import badness, layers_beyond, worst
 from distnorm.errors import DistNormError
 from distnorm.spec import NormSpec
 
@@ -172,7 +173,7 @@ def _layer_cell(history: History, measure: Measure, row: int, beyond_L: Any) -> 
     values = history.values[measure.key][row]
     if np.isnan(values).all():
         return "<td>–</td>"
-    value = float(np.nanmin(values) if measure.span < measure.healthy else np.nanmax(values))
+    value = float(values[badness(values, measure).argmax()])
     return _cell(value, is_beyond=beyond_L is not None and bool(beyond_L[row]))
 
 

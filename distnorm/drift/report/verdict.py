@@ -1,17 +1,14 @@
-"""The headline of a report: one sentence on a run, from its alarms and its worst values.
-
-Legend: L layers, T measurements.
-"""
+"""The headline of a report: one sentence on a run, from its alarms and its worst values."""
 
 import dataclasses
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from distnorm.drift.catalogue import BY_KEY, OF_THE_MODEL, Limit, Measure, ModelMeasure
+from distnorm.drift.catalogue import BY_KEY, OF_THE_MODEL, Measure, ModelMeasure
 from distnorm.drift.events import Alarm
 from distnorm.drift.history import History
+from distnorm.drift.report.worst import layers_beyond, worst
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _OF_THE_MODEL = {measure.key: measure for measure in OF_THE_MODEL}
@@ -72,35 +69,6 @@ def open_alarms(history: History) -> list[str]:
         else:  # the worst layer has changed since
             layers.clear()
     return [measure for measure, layers in raised.items() if layers]
-
-
-def layers_beyond(values_LT: NDArray[np.float64], limit: Limit) -> NDArray[np.bool_]:
-    """Tell which layers [L] were beyond a limit as many times in a row as its alarm wants."""
-    return np.array([_longest(_beyond(row[~np.isnan(row)], limit)) >= limit.times for row in values_LT], dtype=bool)
-
-
-def worst(history: History, key: str) -> tuple[float, int, int] | None:
-    """Find a measure's worst value, its layer and its measurement; `None` where nothing was measured."""
-    values_LT = history.values.get(key)
-    if values_LT is None or np.isnan(values_LT).all():
-        return None
-    measure = BY_KEY[key.partition(".")[0]]
-    bad = np.where(np.isnan(values_LT), -np.inf, _badness(values_LT, measure))
-    layer, at = np.unravel_index(int(bad.argmax()), bad.shape)
-    return float(values_LT[layer, at]), int(layer), int(at)
-
-
-def _badness(values: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
-    return -values if measure.span < measure.healthy else values
-
-
-def _beyond(values: NDArray[np.float64], limit: Limit) -> NDArray[np.bool_]:
-    return values > limit.at if limit.side == "above" else values < limit.at
-
-
-def _longest(flags: NDArray[np.bool_]) -> int:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
-    return int((edges[1::2] - edges[::2]).max(initial=0))
 
 
 def _severity(history: History, key: str) -> float:
