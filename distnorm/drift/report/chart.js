@@ -69,7 +69,7 @@ function lineChart({ title, unitText = "", series, limit = null, healthy = null,
   const toX = (x) => left + ((x - domain[0]) / (domain[1] - domain[0])) * (width - left - 4);
   const toY = (y) => 6 + ((high - y) / (high - low)) * (height - bottom - 12);
   const svg = make("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title} over steps` });
-  for (const y of ticks(low, high, wide ? 4 : 2)) {
+  for (const y of ticks(low, high, wide ? 4 : 3)) {
     svg.append(make("line", { x1: left, x2: width - 4, y1: toY(y), y2: toY(y), class: "gridline" }),
       make("text", { x: left - 5, y: toY(y) + 3.5, "text-anchor": "end" }, say(y)));
   }
@@ -143,7 +143,7 @@ function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, 
     svg.append(make("text", { x: Math.min(toX(x), width - 14), y: height - 18, "text-anchor": "middle" }, say(x)));
   }
   svg.append(make("text", { x: width - 8, y: height - 3, "text-anchor": "end", class: "axis" }, `${xTitle} →`));
-  if (diagonal) svg.append(make("line", { x1: toX(back(xs[0])), y1: toY(back(xs[0])), x2: toX(back(xs[1])), y2: toY(back(xs[1])), class: "limit" }));
+  if (diagonal) svg.append(make("line", { x1: toX(back(xs[0])), y1: toY(back(xs[0])), x2: toX(back(xs[1])), y2: toY(back(xs[1])), class: "diagonal" }));
   for (const one of points) {
     const shape = one.xs.map((x, i) => `M${toX(x).toFixed(1)} ${toY(one.ys[i]).toFixed(1)}h0`).join("");
     svg.append(make("path", { d: shape, class: `points run-${one.run % 6}` }));
