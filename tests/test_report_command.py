@@ -1,18 +1,16 @@
 """`distnorm report` on the command line, from records on disk."""
 
 import dataclasses
-import json
+import re
 
 import pytest
 
 from distnorm import cli
-from distnorm.drift import events, history
-from tests.histories import history as make_history
+from distnorm.drift import events
+from distnorm.drift.record import Record
+from tests.histories import history
 
-pytestmark = [
-    pytest.mark.unit,
-    pytest.mark.skipif(not hasattr(history, "read"), reason="nothing reads records yet"),
-]
+pytestmark = pytest.mark.unit
 
 
 def write(folder, run):
@@ -23,14 +21,16 @@ def write(folder, run):
         values = {key: found[:, index].tolist() for key, found in run.values.items()}
         channels = {key: found[:, index].tolist() for key, found in run.worst_channels.items()}
         told.append(events.Measurement(int(step), values, channels))
-    rows = [{"schema": 2, "time": 0.0, **run.about}, *({**events.to_row(one), "time": 0.0} for one in told)]
-    (folder / "record.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    record = Record(folder / "record.jsonl", run.about)
+    for one in told:
+        record.take(one)
+    record.close()
     return folder
 
 
 @pytest.fixture
 def folder(tmp_path):
-    run = make_history(layers=3, steps=600, sorted_shards=True, keys=["between_ranks", "jeffreys"])
+    run = history(layers=3, steps=600, sorted_shards=True, keys=["between_ranks", "jeffreys"])
     return write(tmp_path / "sorted", dataclasses.replace(run, scalars={}))
 
 
@@ -47,8 +47,19 @@ def test_a_run_gives_a_page_and_its_verdict(folder, capsys):
     assert "layers.0.bn3" in (folder / "report.html").read_text()
 
 
+def test_a_record_cut_short_gives_what_is_left_and_a_line_on_the_rest(folder, capsys):
+    record = folder / "record.jsonl"
+    rows = record.read_bytes().splitlines(keepends=True)
+    record.write_bytes(b"".join(rows[:-5]) + rows[-5][:40])
+    asked(folder)
+    assert "Shards differ by rank" in capsys.readouterr().out
+    lost = re.findall('<p class="note lost">(.*?)</p>', (folder / "report.html").read_text())
+    assert len(lost) == 1
+    assert "cut short" in lost[0]
+
+
 def test_several_runs_and_figures(folder, tmp_path, capsys):
-    other = write(tmp_path / "shuffled", make_history(layers=3, steps=600, keys=["between_ranks"]))
+    other = write(tmp_path / "shuffled", history(layers=3, steps=600, keys=["between_ranks"]))
     asked(folder, other, "--out", tmp_path / "new" / "both.html", "--png", tmp_path / "png")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(tmp_path / "new" / "both.html")
