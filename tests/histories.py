@@ -81,6 +81,7 @@ def _snapshot(step, watched, world, random, sorted_shards):
         ranks = mean + np.sqrt(var) * apart * random.normal(size=(world, layer.channels))
         factors = np.exp(0.1 * random.normal(size=(3, layer.channels)))
         arrays = {
+            "channel": np.arange(layer.channels),
             "running_mean": mean + 0.1 * np.sqrt(var) * random.normal(size=layer.channels),
             "running_var": var * factors[0],
             "batch_mean": ranks.mean(0),

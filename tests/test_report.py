@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnorm.drift.catalogue import BY_KEY, MEASURES
-from distnorm.drift.events import Alarm, WatchedLayer
+from distnorm.drift.events import Alarm, Snapshot, WatchedLayer
 from distnorm.drift.report.command import report
 from distnorm.drift.report.figures import figures
 from distnorm.drift.report.payload import payload, safe_json
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.unit
         (0.01234, "0.0123"),
         (-0.5, "−0.5"),
         (1.234e-7, "1.23·10⁻⁷"),
-        (-2e9, "−2.00·10⁹"),
+        (-2e9, "−2·10⁹"),
         (math.nan, "–"),
         (math.inf, "∞"),
     ],
@@ -241,6 +241,13 @@ def test_figures_for_papers(tmp_path):
     names = {file.stem for file in files}
     assert names == {"map_jeffreys", "map_between_ranks", "lines", "channels_1", "channels_2", "gap"}
     assert all(file.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and file.stat().st_size > 8000 for file in files)
+
+
+def test_layers_without_running_statistics_have_no_channels_to_compare(tmp_path):
+    run = history(layers=1, steps=200, keys=["lag"])
+    only_batch = {"batch_mean": [0.0, 1.0], "batch_var": [1.0, 1.0], "rank_means": [[0.0, 1.0], [0.0, 1.0]]}
+    run = dataclasses.replace(run, snapshots=(Snapshot(200, {"layers.0.bn1": only_batch}),))
+    assert {file.stem for file in figures([run], tmp_path)} == {"map_lag", "lines", "gap"}
 
 
 def test_the_command_names_page_figures_and_verdict(tmp_path):

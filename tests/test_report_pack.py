@@ -1,6 +1,7 @@
 """The report's packing: numbers in few bytes, decoded here by the format's description, one at a time."""
 
 import base64
+import dataclasses
 import math
 import zlib
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from distnorm.drift.catalogue import BY_KEY
+from distnorm.drift.events import Snapshot
 from distnorm.drift.report.pack import pack, pack_whole, packed_bytes
 from distnorm.drift.report.payload import payload, thinned
 from distnorm.drift.report.worst import badness
@@ -113,3 +115,12 @@ def test_the_worst_survives_where_several_measurements_share_a_column(monkeypatc
     plane = found["runs"][0]["planes"]["jeffreys.max"]
     values = [value_of(code, plane["base"]) for code in unpacked(plane)]
     assert max(values) == pytest.approx(run.values["jeffreys.max"].max(), rel=5e-3)
+
+
+def test_a_snapshot_of_chosen_channels_keeps_their_numbers():
+    run = history(layers=1, steps=200, keys=["lag"])
+    chosen = {"channel": [3, 1200, 2047], "running_mean": [1.0, 2.0, 3.0], "batch_mean": [1.0, 2.0, 4.0]}
+    run = dataclasses.replace(run, snapshots=(Snapshot(200, {"layers.0.bn1": chosen}),))
+    (found,) = payload([run])["runs"][0]["snapshots"]
+    assert found["parts"]["layers.0.bn1"] == {"running_mean": [0, 3], "batch_mean": [3, 3], "channel": [3, 1200, 2047]}
+    assert [value_of(code, found["packed"]["base"]) for code in unpacked(found["packed"])] == [1, 2, 3, 1, 2, 4]

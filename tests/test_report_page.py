@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distnorm.drift.catalogue import MEASURES
+from distnorm.drift.events import Snapshot
 from distnorm.drift.report.render import render
 from tests.browser import REQUIRED, Browser, find
 from tests.histories import history
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.unit
 
 ARTEFACTS = Path(__file__).parent.parent / "test-artefacts"
 EVIL = "<script>alert(1)</script>"
+PLACES = ("#layer-h", "#readout", "#tip", "#verdict", "#alarms", "#worst", ".labels", "#compare", ".map figcaption")
 SECTIONS = ("verdict", "drift", "gap", "alarms", "worst", "decision")
 DRAWN = "!document.querySelector('.overview .value:empty')"
 
@@ -126,6 +128,8 @@ def test_a_click_opens_the_layer(browser, page, run):
     )
     browser.wait(f"document.querySelector('#snapshot path.points').getAttribute('d') !== {json.dumps(before)}")
     browser.screenshot(ARTEFACTS / "report-layer.png")
+    said = browser.value("document.getElementById('snapshot').textContent")
+    assert f"channel {run.worst_channels['between_ranks'][7, 140]}" in said
     browser.press("Escape")
     assert browser.value("document.getElementById('layer').hidden")
     assert browser.problems == []
@@ -238,23 +242,16 @@ def test_a_name_that_is_markup_shows_as_text(browser, tmp_path):
     message = f"between-rank ratio 9 in {EVIL}"
     alarms = tuple(dataclasses.replace(one, layer=EVIL, message=message) for one in run.alarms)
     run = dataclasses.replace(run, name=EVIL, alarms=alarms, lost=(f"lost {EVIL}",))
+    snapshot = {EVIL: {"batch_mean": [1.0, 2.0], "batch_var": [1.0, 1.0], "rank_means": [[1.0, 1.0], [1.0, 3.0]]}}
+    run = dataclasses.replace(run, snapshots=(Snapshot(1000, snapshot),))  # as of a GroupNorm
     other = dataclasses.replace(run, name="other")
     shown(browser, render([run, other], tmp_path / "page.html"))
     browser.mouse(*place_of(browser, run, 0, 40), click=True)
     browser.wait("document.querySelectorAll('#lines svg').length > 5")
-    for place in (
-        "#layer-h",
-        "#readout",
-        "#tip",
-        "#verdict",
-        "#alarms",
-        "#worst",
-        ".labels",
-        "#compare",
-        ".map figcaption",
-    ):
+    for place in PLACES:
         assert EVIL in browser.value(f"document.querySelector('{place}').textContent"), place
     assert browser.value("document.querySelectorAll('script').length") == 2
+    assert browser.value("document.querySelectorAll('#snapshot path.points').length") == 2  # the ranks' means alone
     assert browser.problems == []
 
 

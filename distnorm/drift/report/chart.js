@@ -118,7 +118,7 @@ function lineChart({ title, unitText = "", series, limit = null, healthy = null,
 }
 
 // points: [{name, xs, ys, run}]; log axes where all is positive and it is wanted; the diagonal is where both agree.
-function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, marked = -1 }) {
+function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, marked = -1, markedName = "" }) {
   const [width, height, left, bottom] = [300, 250, 46, 32];
   const map = log ? (v) => Math.log10(Math.max(v, 1e-30)) : (v) => v;
   const bounds = (values) => {
@@ -151,7 +151,7 @@ function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, 
   if (marked >= 0 && marked < points[0].xs.length) {
     const [x, y] = [toX(points[0].xs[marked]), toY(points[0].ys[marked])];
     svg.append(make("circle", { cx: x, cy: y, r: 6, class: "ring" }),
-      make("text", { x: x > width - 80 ? x - 9 : x + 9, y: y + 3.5, class: "axis", "text-anchor": x > width - 80 ? "end" : "start" }, `channel ${marked}`));
+      make("text", { x: x > width - 80 ? x - 9 : x + 9, y: y + 3.5, class: "axis", "text-anchor": x > width - 80 ? "end" : "start" }, markedName));
   }
   return make("figure", { class: "chart" }, make("figcaption", {}, make("b", {}, title), make("span", { class: "now" }, `↑ ${yTitle}`)), svg);
 }

@@ -74,7 +74,7 @@ function say(value) {
   if (value && (size < 1e-3 || size >= 1e6)) {
     const [digits, exponent] = value.toExponential(2).split("e");
     const power = [...String(Number(exponent))].map((c) => SUPERSCRIPT[c]).join("");
-    return `${digits}·10${power}`.replace("-", "−");
+    return `${digits.replace(/\.?0+$/, "")}·10${power}`.replace("-", "−");
   }
   return thousands(Number(value.toPrecision(3)));
 }

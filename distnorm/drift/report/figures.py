@@ -4,7 +4,7 @@ Legend: L layers, T measurements.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def _all(histories: Sequence[History], plt: Any, mpl: Any) -> Iterator[tuple[str
     if shown:
         yield "lines", _lines(known, shown, plt)
     for index, history in enumerate(histories):
-        if history.snapshots and history.snapshots[-1].layers:
+        if _compared(history):
             yield f"channels_{index + 1}", _channels(history, plt)
     if any(_gaps(history) for history in histories):
         yield "gap", _gap(histories, plt)
@@ -152,12 +152,18 @@ def _lines(histories: Sequence[History], shown: Sequence[Measure], plt: Any) -> 
     return figure
 
 
+def _compared(history: History) -> list[Mapping[str, Any]]:
+    """Give the layers of the last snapshot that keep running statistics."""
+    layers = history.snapshots[-1].layers.values() if history.snapshots else ()
+    return [layer for layer in layers if {"running_mean", "running_var", "batch_mean", "batch_var"} <= layer.keys()]
+
+
 def _channels(history: History, plt: Any) -> Any:
     """Draw all channels' running against batch statistics at the last snapshot: means and standard deviations."""
-    layers = history.snapshots[-1].layers.values()
+    layers = _compared(history)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3.6), layout="constrained")
     for one, kind in zip(axes, ("mean", "var"), strict=True):
-        pairs = [(layer[f"running_{kind}"], layer[f"batch_{kind}"]) for layer in layers if f"batch_{kind}" in layer]
+        pairs = [(layer[f"running_{kind}"], layer[f"batch_{kind}"]) for layer in layers]
         for index, (running, batch) in enumerate(pairs):
             x, y = np.asarray(running, dtype=float), np.asarray(batch, dtype=float)
             x, y = (np.sqrt(x), np.sqrt(y)) if kind == "var" else (x, y)

@@ -52,21 +52,23 @@ async function snapshotPanels(snapshot, name, channel) {
     return Array.from({ length: rows }, (_, k) => Array.from(snapshot.values.slice(begin + k * count, begin + (k + 1) * count)));
   };
   const [running, runningVar, batch, batchVar] = ["running_mean", "running_var", "batch_mean", "batch_var"].map((key) => part(key)[0]);
+  const names = snapshot.parts[name].channel || running.map((_, c) => c);
+  const marked = { marked: names.indexOf(channel), markedName: `channel ${channel}` };
   const figures = [];
   if (running.length && batch.length) {
-    figures.push(scatter({ title: "Mean", xTitle: "running", yTitle: "batch", points: [{ xs: running, ys: batch, run: 0 }], marked: channel }));
+    figures.push(scatter({ title: "Mean", xTitle: "running", yTitle: "batch", points: [{ xs: running, ys: batch, run: 0 }], ...marked }));
   }
   if (runningVar.length && batchVar.length) {
-    figures.push(scatter({ title: "Standard deviation", xTitle: "running", yTitle: "batch", log: true, points: [{ xs: runningVar.map(Math.sqrt), ys: batchVar.map(Math.sqrt), run: 0 }], marked: channel }));
+    figures.push(scatter({ title: "Standard deviation", xTitle: "running", yTitle: "batch", log: true, points: [{ xs: runningVar.map(Math.sqrt), ys: batchVar.map(Math.sqrt), run: 0 }], ...marked }));
   }
   const ranks = part("rank_means");
   const spread = (batchVar.length ? batchVar : runningVar).map((v) => Math.sqrt(Math.max(v, 1e-30)));
-  if (ranks.length > 1 && spread.length) figures.push(ranksPanel(ranks, spread, channel));
+  if (ranks.length > 1 && spread.length) figures.push(ranksPanel(ranks, spread));
   return figures;
 }
 
 // Each rank's mean less the ranks' own mean, in standard deviations, channels sorted by how far the ranks are apart.
-function ranksPanel(ranks, spread, channel) {
+function ranksPanel(ranks, spread) {
   const middle = spread.map((_, c) => ranks.reduce((sum, means) => sum + means[c], 0) / ranks.length);
   const off = ranks.map((means) => means.map((m, c) => (m - middle[c]) / spread[c]));
   const apart = spread.map((_, c) => Math.max(...off.map((row) => Math.abs(row[c]))));

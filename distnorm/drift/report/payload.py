@@ -168,6 +168,9 @@ def _snapshot(history: History, index: int) -> dict[str, Any]:
             parts.setdefault(name, {})[key] = [begin, *array.shape]
             joined.append(array.reshape(-1))
             begin += array.size
+        channels = list(arrays.get("channel", ()))  # of a wide layer a choice is kept
+        if channels and channels != list(range(len(channels))):
+            parts[name]["channel"] = channels
     packed = pack(np.concatenate(joined) if joined else np.zeros(0))
     return {"step": history.snapshots[index].step, "parts": parts, "packed": packed}
 

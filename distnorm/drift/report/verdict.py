@@ -51,6 +51,7 @@ def number(value: float) -> str:
         return "–" if np.isnan(value) else ("∞" if value > 0 else "−∞")
     if value and not 1e-3 <= abs(value) < 1e6:
         digits, exponent = f"{value:.2e}".split("e")
+        digits = digits.rstrip("0").rstrip(".")
         return f"{digits}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}".replace("-", "−")
     rounded = float(f"{value:.3g}")
     text = f"{rounded:,.0f}" if abs(rounded) >= 100 else f"{rounded:.3g}"
