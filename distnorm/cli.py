@@ -49,12 +49,19 @@ CALIBRATE: Mapping[str, Mapping[str, Any]] = {
 }
 """Arguments of `distnorm calibrate`: those of `distnorm.launch.adaptation.adapt`."""
 
+REPORT: Mapping[str, Mapping[str, Any]] = {
+    "runs": {"nargs": "+", "metavar": "run", "help": "a run's folder, its record.jsonl, or an offline .wandb file"},
+    "--out": {"metavar": "FILE", "help": "the page (report.html in the run's folder; of several runs, in this one)"},
+    "--png": {"metavar": "DIR", "help": "a folder for figures too, as papers want them"},
+}
+"""Arguments of `distnorm report`: those of `distnorm.drift.report.command.report`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer `distnorm --version`, `distnorm decide` and `distnorm calibrate`."""
+    """Answer `distnorm --version`, `distnorm decide`, `distnorm calibrate` and `distnorm report`."""
     parser = argparse.ArgumentParser(prog="distnorm", description=distnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"distnorm {distnorm.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="decide | calibrate")
+    commands = parser.add_subparsers(required=True, metavar="decide | calibrate | report")
     usage = "distnorm decide --device-batch N --ranks N [more; see distnorm decide --help]"
     decide = commands.add_parser("decide", usage=usage, help="say which samples share statistics, and why")
     decide.add_argument("--json", action="store_true", help="print the decision as JSON")
@@ -65,6 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for argument, options in CALIBRATE.items():
         calibrate.add_argument(argument, **options)
     calibrate.set_defaults(answer=_calibrate)
+    report = commands.add_parser("report", help="show how the statistics of runs drifted, on one page")
+    for argument, options in REPORT.items():
+        report.add_argument(argument, **options)
+    report.set_defaults(answer=_report)
     asked = vars(parser.parse_args(arguments))
     try:
         asked.pop("answer")(**asked)
@@ -88,6 +99,13 @@ def _calibrate(**asked: Any) -> None:
 
     console.quiet_libraries()
     print(f"statistics {asked['name']!r} are in {adapt(**asked)}")
+
+
+def _report(**asked: Any) -> None:
+    from distnorm.drift import history  # noqa: PLC0415 — numpy, that `decide` does without
+    from distnorm.drift.report.command import report  # noqa: PLC0415 — likewise
+
+    print(*report(read=history.read, **asked), sep="\n")
 
 
 def _dumps(values: dict[str, Any]) -> str:

@@ -1,0 +1,48 @@
+"""The worst values of measures: which they are, where, and which layers stay beyond a limit.
+
+Legend: L layers, T measurements.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distnorm.drift.catalogue import BY_KEY, Limit, Measure
+from distnorm.drift.history import History
+
+TWO_SIDED = frozenset({"precise_ratio"})
+"""Measures whose values are the worse the further off `healthy` they are, on either side."""
+
+
+def badness(values: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
+    """Give numbers that rise with how bad values are; -inf where nothing was measured."""
+    if measure.key in TWO_SIDED:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            bad = np.abs(np.log(values / measure.healthy))
+    else:
+        bad = -values if measure.span < measure.healthy else values
+    return np.where(np.isnan(bad), -np.inf, bad)
+
+
+def layers_beyond(values_LT: NDArray[np.float64], limit: Limit) -> NDArray[np.bool_]:
+    """Tell which layers [L] were beyond a limit as many times in a row as its alarm wants."""
+    return np.array([_longest(_beyond(row[~np.isnan(row)], limit)) >= limit.times for row in values_LT], dtype=bool)
+
+
+def worst(history: History, key: str) -> tuple[float, int, int] | None:
+    """Find a measure's worst value, its layer and its measurement; `None` where nothing was measured."""
+    values_LT = history.values.get(key)
+    if values_LT is None or np.isnan(values_LT).all():
+        return None
+    measure = BY_KEY[key.partition(".")[0]]
+    bad = badness(values_LT, measure)
+    layer, at = np.unravel_index(int(bad.argmax()), bad.shape)
+    return float(values_LT[layer, at]), int(layer), int(at)
+
+
+def _beyond(values: NDArray[np.float64], limit: Limit) -> NDArray[np.bool_]:
+    return values > limit.at if limit.side == "above" else values < limit.at
+
+
+def _longest(flags: NDArray[np.bool_]) -> int:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags.astype(np.int8), [0]])))
+    return int((edges[1::2] - edges[::2]).max(initial=0))
