@@ -82,6 +82,18 @@ def test_an_interruption_starts_the_count_again_and_what_was_not_measured_does_n
     assert told("between_ranks", [high] * 3 + [none] * 9)[1:] == []
 
 
+def test_what_chance_alone_may_reach_is_not_alarming():
+    alarms = Alarms(LAYERS)
+    rows = [[9.0, 9.0, 1.0]] * 5 + [[20.0, 30.0, 1.0]] * 3 + [[8.0, 8.0, 1.0]] + [[7.0, 7.0, 1.0]]
+    changes = [
+        (step, alarm.state, alarm.limit)
+        for step, row in enumerate(rows)
+        for alarm in alarms.check(Measurement(step, {"between_ranks": row}), {"between_ranks": 10.0})
+    ]
+    assert changes == [(7, "raised", 10.0), (9, "cleared", 10.0)]
+    assert told("between_ranks", [[9.0] * 3] * 3)[0][1].limit == 2.0
+
+
 def test_silent_measures_and_unknown_ones_raise_nothing():
     assert told("lag", [[9.0] * 3] * 9, silent=("lag",)) == []
     assert told("of somebody else", [[9.0] * 3] * 9) == []

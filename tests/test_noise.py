@@ -16,6 +16,7 @@ from distnorm.drift.noise import (
     f_median,
     f_statistic,
     intraclass_correlation,
+    ratio_by_chance,
 )
 from distnorm.moments import Moments
 from tests import reference_drift
@@ -136,3 +137,21 @@ def test_one_measurement_has_no_noise_yet_and_a_constant_channel_is_worth_any_nu
     assert effective_samples(over_time([[1.0]])).isnan().all()
     assert cv_var(over_time([[1.0]])).isnan().all()
     assert effective_samples(over_time([[1.0], [1.0]])).tolist() == [float("inf")]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8, 64])
+@pytest.mark.parametrize("times", [10, 50])
+def test_what_the_ratio_reaches_by_chance_is_scipys_tail(num_ranks, times):
+    f = scipy.stats.f(num_ranks - 1, (num_ranks - 1) * (times - 1))
+    assert ratio_by_chance(num_ranks, times) == pytest.approx(f.isf(1e-4) / f.median(), rel=0.06)
+
+
+def test_what_moves_all_ranks_together_hides_nothing_once_it_is_removed():
+    generator = np.random.default_rng(3)
+    common_TC = generator.standard_normal((25, 1000)).cumsum(0)
+    means_KTC = 0.1 * generator.standard_normal((4, 25, 1000)) + common_TC
+    residual_KTC = means_KTC - means_KTC.mean(0)
+    shifted_KTC = residual_KTC + np.array([-0.15, 0, 0, 0.15])[:, None, None]
+    assert between_rank_ratio(by_rank(means_KTC)).median() < 0.1
+    assert 0.9 < between_rank_ratio(by_rank(residual_KTC), common_removed=True).median() < 1.1
+    assert between_rank_ratio(by_rank(shifted_KTC), common_removed=True).median() > 4

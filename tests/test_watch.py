@@ -386,9 +386,9 @@ def stopping(on_alarm):
 def test_an_alarm_stops_all_ranks_at_the_same_step_and_only_if_asked_to():
     first, second = ranks.run(stopping, "stop", world=2)
     assert first == second is not None
-    # The 5th measurement is the first with a ratio, the 7th the third in a row; the word goes with the 8th, and
+    # From the 10th measurement on chance is known, the 12th is the third in a row; the word goes with the 13th, and
     # arrives at the end of the step after it.
-    assert first == 2 * 8 + 1
+    assert first == 2 * 13 + 1
     assert ranks.run(stopping, "warn", world=2) == [None, None]
 
 

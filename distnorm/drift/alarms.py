@@ -1,5 +1,6 @@
 """When drift is alarming: limits with hysteresis, told once when they are crossed and once when they are kept again."""
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
@@ -30,11 +31,16 @@ class Alarms:
         """The alarms that stand now."""
         return tuple(self._raised.values())
 
-    def check(self, measurement: Measurement) -> list[Alarm]:
-        """Hold a measurement of the layers against the limits: what changed."""
+    def check(self, measurement: Measurement, by_chance: Mapping[str, float] | None = None) -> list[Alarm]:
+        """Hold a measurement of the layers against the limits: what changed.
+
+        Args:
+            measurement: the next one.
+            by_chance: what a measure may reach by chance, by key: where that is beyond its limit, it is the limit.
+        """
         changes = []
-        for key, (title, unit, limit) in self._limits.items():
-            values = measurement.values.get(key, [])
+        for key, (title, unit, own) in self._limits.items():
+            limit, values = _widened(own, (by_chance or {}).get(key, own.at)), measurement.values.get(key, [])
             known = [index for index, value in enumerate(values) if not math.isnan(value)]
             if known:
                 changes += self._change(measurement.step, key, title, unit, limit, values, known, self._layers)
@@ -79,6 +85,12 @@ class Alarms:
         where = f", worst in {names[worst]}" if names[worst] else ""
         message = f"{title} is {_number(values[worst])}{_of(unit)} again{where} (limit {_number(limit.at)})."
         return [Alarm(step, key, names[worst], float(values[worst]), limit.at, "cleared", message)]
+
+
+def _widened(limit: Limit, by_chance: float) -> Limit:
+    if limit.side == "below" or by_chance <= limit.at:
+        return limit
+    return dataclasses.replace(limit, at=by_chance, clear=limit.clear * by_chance / limit.at)
 
 
 def _is_beyond(value: float, at: float, limit: Limit) -> bool:

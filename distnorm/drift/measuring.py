@@ -7,6 +7,7 @@ length.
 Legend: R ranks, B blocks of ranks that share statistics, L layers, S channels of all layers of a part.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from distnorm.moments import Moments
 
 FEWEST_TIMES = 5
 """Measurements before anything is said of how numbers vary over time."""
+_TIMES_FOR_ALARM = 10
 _RANKS_WINDOW, _GAPS_WINDOW = 25, 10
 _DIVERGENCES: dict[divergence.Kind, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "jeffreys": divergence.jeffreys,
@@ -41,7 +43,7 @@ class Measurer:
 
     def __init__(self, norms: Sequence[WatchedNorm], tier: str, num_ranks: int) -> None:
         self._channels = [norm.channels for norm in norms]
-        self._tier = tier
+        self._tier, self._num_ranks = tier, num_ranks
         self._eps_S = _per_channel([float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in norms], self._channels)
         self._running_S = _per_channel([norm.family != "sample" for norm in norms], self._channels)
         kinds: dict[tuple[tuple[tuple[int, ...], ...], bool], list[int]] = {}
@@ -65,6 +67,13 @@ class Measurer:
         channels: dict[str, list[int]] = {}
         self._summarize(by_channel, values, channels)
         return values, channels
+
+    def by_chance(self) -> dict[str, float]:
+        """Tell what a measure may reach by chance, beyond the limit of its alarm; inf: too little is known."""
+        over_time = self._ranks_over_time.moments
+        times = 0 if over_time is None else int(over_time.count.max())
+        reach = noise.ratio_by_chance(self._num_ranks, times) if times >= _TIMES_FOR_ALARM else math.inf
+        return {"between_ranks": reach}
 
     def _summarize(
         self, by_channel: dict[str, Tensor], values: dict[str, list[float]], channels: dict[str, list[int]]

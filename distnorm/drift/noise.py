@@ -3,11 +3,15 @@
 Legend: C channels, K ranks, T measurements in time.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from distnorm.drift.divergence import running_noise
 from distnorm.moments import Moments
+
+_Z = 3.719  # of the standard normal distribution, exceeded with probability 0.0001
 
 
 def effective_samples(gaps: Moments, momentum: Tensor | float | None = None) -> Tensor:
@@ -93,6 +97,26 @@ def f_median(numerator: Tensor, denominator: Tensor) -> Tensor:
     """
     above, below = 1 - 2 / (9 * numerator), 1 - 2 / (9 * denominator)
     return (above / below) ** 3
+
+
+def ratio_by_chance(num_ranks: int, times: int) -> float:
+    """What `between_rank_ratio`, common movement removed, exceeds by chance with probability 0.0001.
+
+    Channels of a layer may move as one, so that their median is no better known than one channel: with two ranks a
+    ratio of 9 is nothing. The tail of F comes from the cube-root approximation, within 20 %.
+
+    Args:
+        num_ranks: K, at least 2.
+        times: T measurements, at least 10.
+
+    Source: Paulson 1942.
+    """
+    numerator, denominator = num_ranks - 1.0, (num_ranks - 1.0) * (times - 1)
+    a, b = 2 / (9 * numerator), 2 / (9 * denominator)
+    tail = _Z * math.sqrt((1 - b) ** 2 * a + (1 - a) ** 2 * b - a * b * _Z**2)
+    root = ((1 - a) * (1 - b) + tail) / ((1 - b) ** 2 - b * _Z**2)
+    median = f_median(torch.tensor(numerator), torch.tensor(denominator))
+    return root**3 / float(median)
 
 
 def f_statistic(ranks: Moments) -> Tensor:

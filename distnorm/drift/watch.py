@@ -191,7 +191,7 @@ class DriftWatch:
         values, channels = measurer.measure(caught)
         self._tell_layers(step, caught)
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
-        changes = self._take_measurement(self.last)
+        changes = self._take_measurement(self.last, measurer.by_chance() if collectives.world_size() > 1 else {})
         self._measurements += 1
         self._untold = step, caught
         # At the 1st, 2nd, 4th, 8th … measurement: a bounded number, whatever the run's length.
@@ -205,11 +205,11 @@ class DriftWatch:
     def take_values(self, step: int, values: Mapping[str, list[float]]) -> None:
         """Take measures of all layers that were made elsewhere, in the order of `names`; only rank 0 tells them."""
         if collectives.rank() == 0:
-            self._take_measurement(Measurement(step, values))
+            self._take_measurement(Measurement(step, values), {})
 
-    def _take_measurement(self, measurement: Measurement) -> list[Alarm]:
+    def _take_measurement(self, measurement: Measurement, by_chance: Mapping[str, float]) -> list[Alarm]:
         self.tell(measurement)
-        changes = self.alarms.check(measurement)
+        changes = self.alarms.check(measurement, by_chance)
         for alarm in changes:
             self.tell(alarm)
         return changes
