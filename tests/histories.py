@@ -5,6 +5,7 @@ Legend: L layers, T measurements, C channels, K ranks.
 
 import numpy as np
 
+from distnorm.drift.alarms import measures
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Alarm, Snapshot, WatchedLayer
 from distnorm.drift.history import History
@@ -38,7 +39,7 @@ def history(
     decision = decide(device_batch=4, world_size=world, iid=not sorted_shards).to_dict()
     settings = {"data": {"name": "digits", "device_batch": 4}, "optimizer": {"lr": 0.1}, "seed": seed}
     about = {**settings, "decision": decision}
-    alarms = _alarms(values, at, watched) if sorted_shards else ()
+    alarms = _alarms(values, at, watched, world) if sorted_shards else ()
     scalars = _scalars(at, random, sorted_shards)
     return History(name, about, watched, world, at, values, worst, scalars, alarms, snapshots)
 
@@ -93,11 +94,11 @@ def _snapshot(step, watched, world, random, sorted_shards):
     return Snapshot(step, layers)
 
 
-def _alarms(values, at, watched):
+def _alarms(values, at, watched, world):
     """What the monitor would say: raised at the third measurement beyond the limit, for the worst layer."""
     found = []
     for key in ("jeffreys", "between_ranks", "rank_spread", "lag"):
-        limit = BY_KEY[key].limit
+        limit = measures(world)[key].limit
         if limit is None or key not in values:
             continue
         worst = np.nan_to_num(values[key]).max(0)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distnorm.drift.alarms import Alarms
+from distnorm.drift.alarms import Alarms, measures
 from distnorm.drift.catalogue import BY_KEY, MEASURES, OF_THE_MODEL
 from distnorm.drift.events import Measurement
 
@@ -82,16 +82,16 @@ def test_an_interruption_starts_the_count_again_and_what_was_not_measured_does_n
     assert told("between_ranks", [high] * 3 + [none] * 9)[1:] == []
 
 
-def test_what_chance_alone_may_reach_is_not_alarming():
-    alarms = Alarms(LAYERS)
-    rows = [[9.0, 9.0, 1.0]] * 5 + [[20.0, 30.0, 1.0]] * 3 + [[8.0, 8.0, 1.0]] + [[7.0, 7.0, 1.0]]
-    changes = [
-        (step, alarm.state, alarm.limit)
-        for step, row in enumerate(rows)
-        for alarm in alarms.check(Measurement(step, {"between_ranks": row}), {"between_ranks": 10.0})
-    ]
-    assert changes == [(7, "raised", 10.0), (9, "cleared", 10.0)]
-    assert told("between_ranks", [[9.0] * 3] * 3)[0][1].limit == 2.0
+@pytest.mark.parametrize(("num_ranks", "at"), [(1, 2.0), (2, 93.0), (4, 13.1), (8, 5.75), (64, 2.0)])
+def test_what_chance_alone_may_do_is_not_alarming(num_ranks, at):
+    measure = measures(num_ranks)["between_ranks"]
+    limit = measure.limit
+    assert measure.span == pytest.approx(5 * at, rel=0.01)
+    assert (limit.at, limit.clear) == (pytest.approx(at, rel=0.01), pytest.approx(0.75 * at, rel=0.01))
+    assert told("between_ranks", [[0.99 * at] * 3] * 5, num_ranks=num_ranks) == []
+    ((step, alarm),) = told("between_ranks", [[1.01 * at] * 3] * 5, num_ranks=num_ranks)
+    assert (step, alarm.limit) == (2, limit.at)
+    assert [*measures(num_ranks)] == [*BY_KEY]
 
 
 def test_silent_measures_and_unknown_ones_raise_nothing():
@@ -101,7 +101,7 @@ def test_silent_measures_and_unknown_ones_raise_nothing():
 
 def test_a_measure_of_the_model_needs_no_layer():
     alarms = Alarms(LAYERS)
-    changes = [alarms.check_model(step, {"gap_relative": value}) for step, value in enumerate([3.0, 3.0, 0.7, 0.1])]
+    changes = [alarms.check_model(step, {"gap_relative": value}) for step, value in enumerate([3.0, 3.0, 1.5, 0.1])]
     (raised,), (cleared,) = changes[1], changes[3]
     assert (changes[0], changes[2]) == ([], [])
     assert (raised.state, raised.layer, cleared.state) == ("raised", "", "cleared")

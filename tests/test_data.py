@@ -205,6 +205,7 @@ def message_of(call, *arguments, **options):
         ({"evaluation_augmentation": "stong"}, "data.evaluation_augmentation='stong'", "Did you mean 'strong'?"),
         ({"shards": "sortd"}, "data.shards='sortd' is not one of shuffled, sorted", "Did you mean 'sorted'?"),
         ({"domain": "brigt"}, "data.domain='brigt'", "Did you mean 'bright'?"),
+        ({"evaluation_domain": "brigt"}, "data.evaluation_domain='brigt'", "Did you mean 'bright'?"),
         ({"split": "60-20"}, "data.split='60-20' is not one of 60-20-20, 50-10-40", "Use data.split=60-20-20"),
         ({"num_classes": 11}, "data.num_classes=11 must be in 2..10", "e.g. 10"),
         ({"seed": -1}, "seed=-1 must lie in 0..4294967295", "e.g. seed=0"),
@@ -276,6 +277,10 @@ def test_a_domain_shows_the_same_images_by_another_camera(domain, seen_as):
         assert np.array_equal(targets, same)
         assert shown.dtype == np.float32
         np.testing.assert_allclose(shown, seen_as(images.astype(np.float64)), atol=1e-6)
+    shifted = DigitsData(device_batch=64, evaluation_augmentation="strong", evaluation_domain=domain)
+    for name, data in (("train_dataloader", source), ("val_dataloader", other), ("test_dataloader", other)):
+        ours, theirs = (split_images(None, getattr(each, name))[0] for each in (shifted, data))
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_the_other_split_and_fewer_digits():

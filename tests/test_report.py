@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distnorm.drift.alarms import measures
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Alarm, Snapshot, WatchedLayer
 from distnorm.drift.report.command import report
@@ -53,17 +54,18 @@ def with_values(key, rows, alarms=()):
 
 
 def alarm(key, layer, value, state="raised", step=60):
-    return Alarm(step, key, layer, value, BY_KEY[key].limit.at, state, "…")
+    return Alarm(step, key, layer, value, measures(8)[key].limit.at, state, "…")
 
 
 def test_the_verdict_of_an_alarm_names_count_worst_layer_value_and_limit():
-    rows = [[1, 1, 1, 9], [1, 3, 3, 3], [2.5, 24, 4, 5]]  # the first was beyond once: no alarm of its own
-    run = with_values("between_ranks", rows, [alarm("between_ranks", "layers.0.bn3", 4)])
+    rows = [[1, 1, 1, 9], [1, 7, 7, 7], [6.5, 24, 8, 9]]  # the first was beyond once: no alarm of its own
+    run = with_values("between_ranks", rows, [alarm("between_ranks", "layers.0.bn3", 8)])
     found = verdict(run)
     assert found.state == "alarm"
     assert found.measure == "between_ranks"
     assert (
-        found.sentence == "Shards differ by rank: between-rank ratio above 2 in 2 of 3 layers, worst 24 in layers.0.bn3"
+        found.sentence
+        == "Shards differ by rank: between-rank ratio above 5.75 in 2 of 3 layers, worst 24 in layers.0.bn3"
     )
 
 
@@ -98,7 +100,7 @@ def test_a_cleared_alarm_is_a_recovery_even_when_the_worst_layer_changed():
     )
     assert verdict(run).state == "recovered"
     assert verdict(run).sentence == (
-        "Recovered: lag of the running mean was above 0.5 (worst 0.9 in layers.0.bn1), "
+        "Recovered: lag of the running mean was above 0.25 (worst 0.9 in layers.0.bn1), "
         "and keeps its limit since step 80"
     )
 
@@ -106,7 +108,7 @@ def test_a_cleared_alarm_is_a_recovery_even_when_the_worst_layer_changed():
 def test_a_healthy_run_names_what_came_nearest():
     run = with_values("between_ranks", [[1.0, 1.2], [1.1, 1.4]])
     assert verdict(run).sentence == (
-        "Healthy: no alarm in 40 steps; nearest to its limit came between-rank ratio, 1.4 in layers.0.bn2 (limit 2)"
+        "Healthy: no alarm in 40 steps; nearest to its limit came between-rank ratio, 1.4 in layers.0.bn2 (limit 5.75)"
     )
     assert "too briefly beyond its limit for one was" in verdict(with_values("lag", [[0.1, 0.6]])).sentence
 

@@ -42,7 +42,7 @@ def test_a_run_gives_a_page_and_its_verdict(folder, capsys):
     asked(folder)
     page, said = capsys.readouterr().out.splitlines()
     assert page == str(folder / "report.html")
-    assert said.startswith("sorted: Shards differ by rank: between-rank ratio above 2 in 2 of 3 layers, worst 2")
+    assert said.startswith("sorted: Shards differ by rank: between-rank ratio above 5.75 in 2 of 3 layers, worst 2")
     assert said.endswith("in layers.0.bn3.")
     assert "layers.0.bn3" in (folder / "report.html").read_text()
 

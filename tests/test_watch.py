@@ -45,7 +45,7 @@ def noting(seen):
     return note
 
 
-def watched(kinds, kind="full", steps=7, uneven=True, **options):
+def watched(kinds, kind="full", steps=11, uneven=True, **options):
     """Body: events of a watch over layers of some kinds, and what each layer was given at every step."""
     rank = collectives.rank()
     torch.manual_seed(rank)
@@ -267,7 +267,7 @@ def normalized_before():
     torch.manual_seed(collectives.rank())
     model, memory = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)), Memory()
     with DriftWatch(model, [memory], interval=1) as watch:
-        for _ in range(9):
+        for _ in range(14):
             with watch.step():
                 model(torch.randn(8, 3))
     return [event.values["between_ranks.max"][1] for event in measurements(memory) if "between_ranks" in event.values]

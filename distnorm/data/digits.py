@@ -32,6 +32,7 @@ class DigitsData(AbstractClassificationData):
         shards: `"shuffled"`: every rank may get any training sample; `"sorted"`: each rank has its own classes.
         num_classes: the digits from 0 on that there are, 2 … 10.
         domain: `"source"`, or what another camera would show: `"inverted"`, `"low_contrast"` or `"bright"`.
+        evaluation_domain: the same of validation and test images; `None`: as training's.
 
     Raises:
         ConfigError: an argument is out of range or unknown.
@@ -60,6 +61,7 @@ class DigitsData(AbstractClassificationData):
         shards: str = "shuffled",
         num_classes: int = 10,
         domain: str = "source",
+        evaluation_domain: str | None = None,
     ) -> None:
         super().__init__(
             device_batch=device_batch,
@@ -70,6 +72,7 @@ class DigitsData(AbstractClassificationData):
             evaluation_augmentation=evaluation_augmentation,
             shards=shards,
             domain=domain,
+            evaluation_domain=evaluation_domain,
         )
         check_name("split", split, _ROUNDS)
         if not 2 <= num_classes <= 10:

@@ -45,6 +45,7 @@ class AbstractClassificationData(LightningDataModule, ABC):
             the sample alone, so that every run and every number of ranks sees the same images.
         shards: `"shuffled"`: every rank may get any training sample; `"sorted"`: each rank has its own classes.
         domain: name of what every image goes through at last, one of `domains`; `"source"` changes nothing.
+        evaluation_domain: the same of validation and test images; `None`: as training's.
 
     Attributes:
         augmentations: the transforms by name; `"none"` has nothing random in it.
@@ -74,6 +75,7 @@ class AbstractClassificationData(LightningDataModule, ABC):
         evaluation_augmentation: str = "none",
         shards: str = "shuffled",
         domain: str = "source",
+        evaluation_domain: str | None = None,
     ) -> None:
         super().__init__()
         check_device_batch(device_batch)
@@ -84,9 +86,11 @@ class AbstractClassificationData(LightningDataModule, ABC):
         check_name("augmentation", augmentation, self.augmentations)
         check_name("evaluation_augmentation", evaluation_augmentation, self.augmentations)
         check_name("domain", domain, ("source", *self.domains))
+        check_name("evaluation_domain", evaluation_domain or domain, ("source", *self.domains))
         self.device_batch, self.seed, self.augmentation = device_batch, seed, augmentation
         self.last_batch, self.num_workers, self.shards = last_batch, num_workers, shards
         self.evaluation_augmentation, self.domain = evaluation_augmentation, domain
+        self.evaluation_domain = evaluation_domain or domain
 
     @abstractmethod
     def samples(self, split: str) -> AbstractSamples:
@@ -169,8 +173,9 @@ class AbstractClassificationData(LightningDataModule, ABC):
 
     def _loader(self, split: str, augmentation: str, seed: int, sampler: Sampler[list[Pair]]) -> DataLoader[Batch]:
         transform = self.augmentations[augmentation]
-        if self.domain != "source":
-            transform = partial(in_domain, first=transform, then=self.domains[self.domain])
+        domain = self.domain if split == "train" else self.evaluation_domain
+        if domain != "source":
+            transform = partial(in_domain, first=transform, then=self.domains[domain])
         return _LateLoader(
             ClassificationDataset(self.samples(split), transform, seed),
             batch_sampler=sampler,

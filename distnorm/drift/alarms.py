@@ -4,8 +4,9 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Limit
+from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Limit, Measure
 from distnorm.drift.events import Alarm, Measurement
+from distnorm.drift.noise import FEWEST_TIMES, ratio_by_chance
 
 
 class Alarms:
@@ -17,11 +18,13 @@ class Alarms:
     Args:
         layers: names, in the order of the measurements.
         silent: keys of measures that do not matter here, e.g. of running statistics that evaluation does not use.
+        num_ranks: that are compared.
     """
 
-    def __init__(self, layers: Sequence[str], silent: Collection[str] = ()) -> None:
+    def __init__(self, layers: Sequence[str], silent: Collection[str] = (), num_ranks: int = 1) -> None:
         self._layers = list(layers)
-        self._limits = {m.key: (m.title, m.unit, m.limit) for m in MEASURES if m.limit and m.key not in silent}
+        known = measures(num_ranks).values()
+        self._limits = {m.key: (m.title, m.unit, m.limit) for m in known if m.limit and m.key not in silent}
         self._of_model = {m.key: (m.title, m.unit, m.limit) for m in OF_THE_MODEL if m.limit and m.key not in silent}
         self._streaks: dict[str, list[int]] = {}
         self._raised: dict[str, Alarm] = {}
@@ -31,16 +34,11 @@ class Alarms:
         """The alarms that stand now."""
         return tuple(self._raised.values())
 
-    def check(self, measurement: Measurement, by_chance: Mapping[str, float] | None = None) -> list[Alarm]:
-        """Hold a measurement of the layers against the limits: what changed.
-
-        Args:
-            measurement: the next one.
-            by_chance: what a measure may reach by chance, by key: where that is beyond its limit, it is the limit.
-        """
+    def check(self, measurement: Measurement) -> list[Alarm]:
+        """Hold a measurement of the layers against the limits: what changed."""
         changes = []
-        for key, (title, unit, own) in self._limits.items():
-            limit, values = _widened(own, (by_chance or {}).get(key, own.at)), measurement.values.get(key, [])
+        for key, (title, unit, limit) in self._limits.items():
+            values = measurement.values.get(key, [])
             known = [index for index, value in enumerate(values) if not math.isnan(value)]
             if known:
                 changes += self._change(measurement.step, key, title, unit, limit, values, known, self._layers)
@@ -87,10 +85,19 @@ class Alarms:
         return [Alarm(step, key, names[worst], float(values[worst]), limit.at, "cleared", message)]
 
 
-def _widened(limit: Limit, by_chance: float) -> Limit:
-    if limit.side == "below" or by_chance <= limit.at:
-        return limit
-    return dataclasses.replace(limit, at=by_chance, clear=limit.clear * by_chance / limit.at)
+def measures(num_ranks: int) -> dict[str, Measure]:
+    """Give the measures by key, their limits and colour scales no narrower than what chance alone may do.
+
+    With few ranks a large ratio between them means little: 93 with two, 13 with four, 6 with eight, once in 10,000.
+    """
+    found = {measure.key: measure for measure in MEASURES}
+    ratio = found["between_ranks"]
+    chance = ratio_by_chance(num_ranks, FEWEST_TIMES) if num_ranks > 1 else 0.0
+    if ratio.limit is not None and chance > ratio.limit.at:
+        wider = chance / ratio.limit.at
+        limit = dataclasses.replace(ratio.limit, at=chance, clear=ratio.limit.clear * wider)
+        found["between_ranks"] = dataclasses.replace(ratio, limit=limit, span=ratio.span * wider)
+    return found
 
 
 def _is_beyond(value: float, at: float, limit: Limit) -> bool:

@@ -7,7 +7,6 @@ length.
 Legend: R ranks, B blocks of ranks that share statistics, L layers, S channels of all layers of a part.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,8 +20,7 @@ from distnorm.drift.windows import Window
 from distnorm.moments import Moments
 
 FEWEST_TIMES = 5
-"""Measurements before anything is said of how numbers vary over time."""
-_TIMES_FOR_ALARM = 10
+"""Measurements before anything is said of how a rank's numbers vary over time."""
 _RANKS_WINDOW, _GAPS_WINDOW = 25, 10
 _DIVERGENCES: dict[divergence.Kind, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "jeffreys": divergence.jeffreys,
@@ -43,7 +41,7 @@ class Measurer:
 
     def __init__(self, norms: Sequence[WatchedNorm], tier: str, num_ranks: int) -> None:
         self._channels = [norm.channels for norm in norms]
-        self._tier, self._num_ranks = tier, num_ranks
+        self._tier = tier
         self._eps_S = _per_channel([float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in norms], self._channels)
         self._running_S = _per_channel([norm.family != "sample" for norm in norms], self._channels)
         kinds: dict[tuple[tuple[tuple[int, ...], ...], bool], list[int]] = {}
@@ -68,13 +66,6 @@ class Measurer:
         self._summarize(by_channel, values, channels)
         return values, channels
 
-    def by_chance(self) -> dict[str, float]:
-        """Tell what a measure may reach by chance, beyond the limit of its alarm; inf: too little is known."""
-        over_time = self._ranks_over_time.moments
-        times = 0 if over_time is None else int(over_time.count.max())
-        reach = noise.ratio_by_chance(self._num_ranks, times) if times >= _TIMES_FOR_ALARM else math.inf
-        return {"between_ranks": reach}
-
     def _summarize(
         self, by_channel: dict[str, Tensor], values: dict[str, list[float]], channels: dict[str, list[int]]
     ) -> None:
@@ -94,7 +85,7 @@ class Measurer:
         self._ranks_over_time.add(means_RS - means_RS.nanmean(0))  # weights that move, move all ranks
         found: dict[str, Tensor] = {}
         over_time = self._ranks_over_time.moments
-        if over_time is not None and float(over_time.count.max()) >= FEWEST_TIMES:
+        if over_time is not None and float(over_time.count.max()) >= noise.FEWEST_TIMES:
             # Means that differ by less than 0.0001 σ differ by rounding.
             tiny_S = 1e-8 * (caught.m2.sum(0) / caught.count.sum(0).clamp(min=1)[layer_of_S])
             noisy = Moments(over_time.count, over_time.mean, over_time.m2 + over_time.count * tiny_S)

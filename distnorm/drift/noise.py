@@ -11,6 +11,8 @@ from torch import Tensor
 from distnorm.drift.divergence import running_noise
 from distnorm.moments import Moments
 
+FEWEST_TIMES = 10
+"""Measurements before ranks are compared over time."""
 _Z = 3.719  # of the standard normal distribution, exceeded with probability 0.0001
 
 

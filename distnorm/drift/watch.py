@@ -87,7 +87,7 @@ class DriftWatch:
         places = {norm: place for place, norm in enumerate(self._gathering.norms)}
         self._place = [places[norm] for norm in self._in_order]
         self._measurer = Measurer(self._gathering.norms, kind, collectives.world_size()) if self._in_order else None
-        self.alarms = Alarms(self.names, silent)
+        self.alarms = Alarms(self.names, silent, collectives.world_size())
         self._hooks = Hooks(self._in_order, lambda _: self.is_measuring)
         self.steps = 0
         self.is_measuring = self.is_stopped = False
@@ -191,7 +191,7 @@ class DriftWatch:
         values, channels = measurer.measure(caught)
         self._tell_layers(step, caught)
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
-        changes = self._take_measurement(self.last, measurer.by_chance() if collectives.world_size() > 1 else {})
+        changes = self._take_measurement(self.last)
         self._measurements += 1
         self._untold = step, caught
         # At the 1st, 2nd, 4th, 8th … measurement: a bounded number, whatever the run's length.
@@ -205,11 +205,11 @@ class DriftWatch:
     def take_values(self, step: int, values: Mapping[str, list[float]]) -> None:
         """Take measures of all layers that were made elsewhere, in the order of `names`; only rank 0 tells them."""
         if collectives.rank() == 0:
-            self._take_measurement(Measurement(step, values), {})
+            self._take_measurement(Measurement(step, values))
 
-    def _take_measurement(self, measurement: Measurement, by_chance: Mapping[str, float]) -> list[Alarm]:
+    def _take_measurement(self, measurement: Measurement) -> list[Alarm]:
         self.tell(measurement)
-        changes = self.alarms.check(measurement, by_chance)
+        changes = self.alarms.check(measurement)
         for alarm in changes:
             self.tell(alarm)
         return changes

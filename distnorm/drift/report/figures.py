@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distnorm.drift.catalogue import MEASURES, Measure
+from distnorm.drift.catalogue import Measure
 from distnorm.drift.history import History
+from distnorm.drift.report.worst import measures_of
 from distnorm.errors import ConfigError
 
 # Okabe & Ito's colours, that colour-blind readers tell apart
@@ -67,7 +68,7 @@ def figures(histories: Sequence[History], folder: Path) -> list[Path]:
 
 def _all(histories: Sequence[History], plt: Any, mpl: Any) -> Iterator[tuple[str, Any]]:
     known = [h for h in histories if len(h.steps) and h.layers]
-    shown = [m for m in MEASURES if any(_is_measured(h, m) for h in known)]
+    shown = [m for m in measures_of(known).values() if any(_is_measured(h, m) for h in known)]
     for measure in shown:
         yield f"map_{measure.key}", _map([h for h in known if _is_measured(h, measure)], measure, plt, mpl)
     if shown:

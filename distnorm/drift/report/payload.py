@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distnorm.drift.catalogue import BY_KEY, MEASURES, OF_THE_MODEL, Limit, Measure
+from distnorm.drift.catalogue import BY_KEY, OF_THE_MODEL, Limit, Measure
 from distnorm.drift.history import History
 from distnorm.drift.report.pack import pack, pack_whole, packed_bytes
-from distnorm.drift.report.worst import TWO_SIDED, badness
+from distnorm.drift.report.worst import TWO_SIDED, badness, measures_of
 
 MOST_BYTES = 5_500_000
 """Of packed numbers a page."""
@@ -53,7 +53,7 @@ def payload(histories: Sequence[History]) -> dict[str, Any]:
     thin = _thinning(histories, MOST_BYTES - taken)
     keys = {key for history in histories for key in history.values}
     return {
-        "measures": [_measure(measure) for measure in MEASURES if measure.key in keys],
+        "measures": [_measure(measure) for measure in measures_of(histories).values() if measure.key in keys],
         "model": [{**dataclasses.asdict(measure), "limit": _limit(measure.limit)} for measure in OF_THE_MODEL],
         "thinned": thin,
         "runs": [

@@ -12,7 +12,7 @@ import numpy as np
 from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Measure
 from distnorm.drift.history import History
 from distnorm.drift.report.verdict import Verdict, number, open_alarms, verdict
-from distnorm.drift.report.worst import badness, layers_beyond, worst
+from distnorm.drift.report.worst import badness, layers_beyond, measures_of, worst
 from distnorm.errors import DistNormError
 from distnorm.spec import NormSpec
 
@@ -42,7 +42,11 @@ def comparison(histories: Sequence[History]) -> str:
     """Render a table of all runs: the worst value of each measure; empty for one run."""
     if len(histories) < 2:
         return ""
-    shown = [measure for measure in MEASURES if any(measure.key in history.values for history in histories)]
+    shown = [
+        measure
+        for measure in measures_of(histories).values()
+        if any(measure.key in history.values for history in histories)
+    ]
     head = ["Worst value and layer", *(history.name for history in histories)]
     rows = [[_named(m), *(_worst_cell(history, m) for history in histories)] for m in shown if m.limit]
     rest = [[_named(m), *(_worst_cell(history, m) for history in histories)] for m in shown if not m.limit]
@@ -149,9 +153,8 @@ def _alarm(history: History, run: int, place: int) -> str:
 
 
 def _layers(history: History, *, named: bool) -> str:
-    shown = [m for m in MEASURES if m.key in history.values and m.limit is not None] or [
-        m for m in MEASURES if m.key in history.values
-    ]
+    measured = [m for m in measures_of([history]).values() if m.key in history.values]
+    shown = [m for m in measured if m.limit is not None] or measured
     if not shown or not len(history.steps):
         return '<p class="dim">Nothing was measured.</p>'
     order = _order(history, shown)

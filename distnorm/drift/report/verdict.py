@@ -8,7 +8,7 @@ import numpy as np
 from distnorm.drift.catalogue import BY_KEY, OF_THE_MODEL, Measure, ModelMeasure
 from distnorm.drift.events import Alarm
 from distnorm.drift.history import History
-from distnorm.drift.report.worst import layers_beyond, worst
+from distnorm.drift.report.worst import layers_beyond, measures_of, worst
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _OF_THE_MODEL = {measure.key: measure for measure in OF_THE_MODEL}
@@ -74,21 +74,21 @@ def open_alarms(history: History) -> list[str]:
 
 def _severity(history: History, key: str) -> float:
     """How many times the limit the worst value is."""
-    found, limit = _worst_alarm(history, key), _measure(key).limit
+    found, limit = _worst_alarm(history, key), _measure(history, key).limit
     if limit is None:
         return 0.0
     over, under = (found.value, limit.at) if limit.side == "above" else (limit.at, found.value)
     return float(over / under) if under > 0 else float("inf")
 
 
-def _measure(key: str) -> Measure | ModelMeasure:
+def _measure(history: History, key: str) -> Measure | ModelMeasure:
     unknown = ModelMeasure(key, key.replace("_", " "), "", "")
-    return BY_KEY.get(key) or _OF_THE_MODEL.get(key, unknown)
+    return measures_of([history]).get(key) or _OF_THE_MODEL.get(key, unknown)
 
 
 def _worst_alarm(history: History, key: str) -> Alarm:
     """Give the alarm with the worst value, and that of the measurements where it is worse still."""
-    limit = _measure(key).limit
+    limit = _measure(history, key).limit
     sign = -1 if limit is not None and limit.side == "below" else 1
     alarm = max((one for one in history.alarms if one.measure == key), key=lambda one: sign * one.value)
     found = worst(history, key) if key in BY_KEY else None
@@ -98,7 +98,7 @@ def _worst_alarm(history: History, key: str) -> Alarm:
 
 
 def _alarming(history: History, key: str) -> str:
-    measure, alarm = _measure(key), _worst_alarm(history, key)
+    measure, alarm = _measure(history, key), _worst_alarm(history, key)
     limit = measure.limit
     meaning = f"{limit.meaning[0].upper()}{limit.meaning[1:]}: " if limit else ""
     beyond = f"{_title(measure)} {limit.side if limit else 'beyond'} {number(alarm.limit)}"
@@ -115,7 +115,7 @@ def _title(measure: Measure | ModelMeasure) -> str:
 
 
 def _recovered(history: History, last: Alarm) -> str:
-    measure, alarm = _measure(last.measure), _worst_alarm(history, last.measure)
+    measure, alarm = _measure(history, last.measure), _worst_alarm(history, last.measure)
     where = f" in {alarm.layer}" if alarm.layer else ""
     side = measure.limit.side if measure.limit else "beyond"
     return (
@@ -127,7 +127,7 @@ def _recovered(history: History, last: Alarm) -> str:
 def _healthy(history: History) -> Verdict:
     """Say which measure came nearest to its limit, on the way from healthy to it."""
     nearest: tuple[float, str] = (-np.inf, "")
-    for key, measure in BY_KEY.items():
+    for key, measure in measures_of([history]).items():
         found = worst(history, key)
         if found is not None and measure.limit is not None and measure.limit.at != measure.healthy:
             share = (found[0] - measure.healthy) / (measure.limit.at - measure.healthy)
@@ -137,7 +137,7 @@ def _healthy(history: History) -> Verdict:
         return Verdict("healthy", steps)
     key = nearest[1]
     value, layer, _ = worst(history, key) or (np.nan, 0, 0)
-    limit = BY_KEY[key].limit
+    limit = _measure(history, key).limit
     of = f" (limit {number(limit.at)})" if limit else ""
     how = "too briefly beyond its limit for one was" if nearest[0] > 1 else "nearest to its limit came"
     near = f"{how} {BY_KEY[key].title}, {number(value)} in {history.layers[layer].name}{of}"

@@ -3,14 +3,23 @@
 Legend: L layers, T measurements.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
+from distnorm.drift.alarms import measures
 from distnorm.drift.catalogue import BY_KEY, Limit, Measure
 from distnorm.drift.history import History
 
 TWO_SIDED = frozenset({"precise_ratio"})
 """Measures whose values are the worse the further off `healthy` they are, on either side."""
+
+
+def measures_of(histories: Sequence[History]) -> dict[str, Measure]:
+    """Give the measures by key, with the widest of the runs' limits and scales: few ranks differ much by chance."""
+    worlds = [history.world_size for history in histories if history.world_size > 1]
+    return measures(min(worlds, default=1))
 
 
 def badness(values: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
