@@ -19,26 +19,22 @@ def measures(seen, blocks, momentum, eps=1e-5):
     alpha = momentum or 0.0
     own = alpha / (2 - alpha)
     found = {}
-    by_block = [_of_block([seen[rank] for rank in block], alpha, own, eps) for block in blocks]
+    worth = of_ranks(seen, eps) if len(seen) > 1 else of_halves(seen[0], eps)
+    by_block = [_of_block([seen[rank] for rank in block], alpha, own, eps, worth * len(block)) for block in blocks]
     for key in by_block[0]:
         found[key] = np.mean([block[key] for block in by_block], 0)
     if len(seen) > 1:
-        means_KTC = np.array([[flat(x).mean(0) for x, _, _ in steps] for steps in seen])
-        found["between_ranks"] = two_way(means_KTC)
-        worth = {
-            rank: found_of["effective_samples"]
-            for block, found_of in zip(blocks, by_block, strict=True)
-            for rank in block
-        }
-        values = {rank: sum(len(flat(seen[r][-1][0])) for r in block) for block in blocks for rank in block}
-        each = [np.minimum(worth[rank] / values[rank], 1) for rank in range(len(seen))]
+        found["between_ranks"] = two_way(in_deviations(seen, eps))
+        ranks_of = {rank: block for block in blocks for rank in block}
+        values = [sum(len(flat(seen[r][-1][0])) for r in ranks_of[rank]) for rank in range(len(seen))]
+        each = [np.minimum(worth * len(ranks_of[rank]) / values[rank], 1) for rank in range(len(seen))]
         found |= anova([flat(steps[-1][0]) for steps in seen], each)
     if len(blocks) > 1:
         found["rank_spread"] = spread([steps[-1][1:] for steps in seen], eps)
     return found
 
 
-def _of_block(ranks, alpha, own, eps):
+def _of_block(ranks, alpha, own, eps, worth):
     gaps, variances = [], []
     for step in zip(*ranks, strict=True):
         joined = np.concatenate([flat(x) for x, _, _ in step])
@@ -50,7 +46,6 @@ def _of_block(ranks, alpha, own, eps):
     exact = reference_drift.textbook((joined.mean(0) - mean) ** 2, variances[-1], var + eps)
     found = {kind: value - floors[kind] for kind, value in exact.items()}
     gaps, variances = np.array(gaps), np.array(variances)
-    worth = (1 + own) / gaps.var(0, ddof=1)
     behind = np.maximum(0, gaps.mean(0) ** 2 - gaps.var(0, ddof=1) / len(gaps))
     return found | {
         "lag": (1 - alpha) * np.sqrt(behind),
@@ -62,13 +57,42 @@ def _of_block(ranks, alpha, own, eps):
     }
 
 
+def in_deviations(seen, eps):
+    """Every rank's batch means at every step, in standard deviations within the ranks at that step: [K, T, C]."""
+    values_KT = [[flat(x) for x, _, _ in steps] for steps in seen]
+    means_KTC = np.array([[values.mean(0) for values in steps] for steps in values_KT])
+    squares_TC = sum(np.array([((v - v.mean(0)) ** 2).sum(0) for v in steps]) for steps in values_KT)
+    counts_T1 = sum(np.array([[len(v)] for v in steps]) for steps in values_KT)
+    return (means_KTC - means_KTC.mean(0)) / np.sqrt(squares_TC / counts_T1 + eps)
+
+
+def residuals_of(means_KTC):
+    """What a two-way analysis of variance leaves, ranks × times without replication: its mean square, per channel."""
+    ranks, times, _ = means_KTC.shape
+    left = means_KTC - means_KTC.mean(1, keepdims=True) - means_KTC.mean(0) + means_KTC.mean((0, 1))
+    return (left**2).sum((0, 1)) / ((ranks - 1) * (times - 1))
+
+
+def of_ranks(seen, eps):
+    """Samples that one rank's batch is worth."""
+    return 1 / residuals_of(in_deviations(seen, eps))
+
+
+def of_halves(steps, eps):
+    """The same of one rank alone: from the difference of the halves' means."""
+    found = []
+    for x, _, _ in steps:
+        first = len(x) // 2
+        apart = flat(x[:first]).mean(0) - flat(x[first:]).mean(0)
+        found.append(apart**2 * first * (len(x) - first) / len(x) ** 2 / (flat(x).var(0) + eps))
+    return 1 / np.mean(found, 0)
+
+
 def two_way(means_KTC):
     """F of the ranks in a two-way analysis of variance, ranks × times without replication, over its median."""
     ranks, times, _ = means_KTC.shape
-    of_rank, of_time = means_KTC.mean(1, keepdims=True), means_KTC.mean(0, keepdims=True)
-    residual = means_KTC - of_rank - of_time + means_KTC.mean((0, 1), keepdims=True)
     free = (ranks - 1) * (times - 1)
-    f = times * of_rank[:, 0].var(0, ddof=1) / ((residual**2).sum((0, 1)) / free)
+    f = times * means_KTC.mean(1).var(0, ddof=1) / residuals_of(means_KTC)
     return f / scipy.stats.f.median(ranks - 1, free)
 
 

@@ -82,7 +82,7 @@ def test_an_interruption_starts_the_count_again_and_what_was_not_measured_does_n
     assert told("between_ranks", [high] * 3 + [none] * 9)[1:] == []
 
 
-@pytest.mark.parametrize(("num_ranks", "at"), [(1, 2.0), (2, 93.0), (4, 13.1), (8, 5.75), (64, 2.0)])
+@pytest.mark.parametrize(("num_ranks", "at"), [(1, 2.0), (2, 46.2), (4, 9.0), (8, 4.44), (64, 2.0)])
 def test_what_chance_alone_may_do_is_not_alarming(num_ranks, at):
     measure = measures(num_ranks)["between_ranks"]
     limit = measure.limit

@@ -182,7 +182,7 @@ def loss_before(row):
 
 def test_a_shift_of_the_evaluation_data_is_measured_and_alarming_in_the_first_layer():
     monitor = DriftMonitor("full", 100)
-    memory = fit(monitor, steps=60, val_shift=4.0)
+    memory = fit(monitor, steps=60, val_shift=4.0, val_check_interval=15)
     (alarm,) = [alarm for alarm in memory.of(Alarm) if alarm.measure == "shift"]
     assert alarm.layer in {"1", "4"}
     assert "distnorm calibrate" in alarm.message

@@ -88,7 +88,7 @@ class Alarms:
 def measures(num_ranks: int) -> dict[str, Measure]:
     """Give the measures by key, their limits and colour scales no narrower than what chance alone may do.
 
-    With few ranks a large ratio between them means little: 93 with two, 13 with four, 6 with eight, once in 10,000.
+    With few ranks a large ratio between them means little: 46 with two, 9 with four, 4.4 with eight, once in 1000.
     """
     found = {measure.key: measure for measure in MEASURES}
     ratio = found["between_ranks"]

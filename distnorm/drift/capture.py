@@ -7,6 +7,7 @@ batch norm without running statistics, has nothing to be compared with but its o
 Legend: N samples, C channels, L positions, R ranks.
 """
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from distnorm import collectives
-from distnorm.moments import Moments
+from distnorm.moments import Moments, statistics_dtype
 from distnorm.norms import pooling
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
@@ -43,6 +44,8 @@ class WatchedNorm:
         reference: running mean and variance as they were before the step; `None` until it was reached.
         own: this rank's moments, packed; `None` for a layer that gathers them itself, and until it was reached.
         samples: N.
+        apart: how far apart the means of the batch's halves are, so scaled that its square is expected to be the
+            variance of the batch's mean; `None` with several ranks, that are compared instead.
     """
 
     def __init__(self, name: str, layer: nn.Module) -> None:
@@ -56,6 +59,7 @@ class WatchedNorm:
         self.reached = False
         self.reference: Tensor | None = None
         self.own: Tensor | None = None
+        self.apart: Tensor | None = None
         self.samples = 0
 
     @property
@@ -127,13 +131,16 @@ class WatchedNorm:
         """Take in what the layer is given, before it takes it in itself."""
         given = [*args, *kwargs.values()]
         x: Tensor = kwargs.get("input", given[0])
-        if self.reached or not x.is_floating_point() or _time_of(self.layer, given) > 0:
+        if self.reached or x.dim() < 2 or not x.is_floating_point() or _time_of(self.layer, given) > 0:
             return
         self.reached, self.samples = True, x.shape[0]
         if self.family != "sample":
             self.reference = self.running()
         if not (self._gathers and self.layer.training):
-            self.own, self.samples = _measure(self.layer, x, given)
+            x, mask = _batch_of(self.layer, x, given)
+            self.own, self.samples = Moments.of(x, mask).pack(), len(x)
+            if mask is None and self.family == "running" and collectives.world_size() == 1:
+                self.apart = _halves_apart(x)
 
 
 class Hooks:
@@ -166,18 +173,25 @@ def _hook(norm: WatchedNorm, is_wanted: Callable[[WatchedNorm], bool]) -> Any:
     return look
 
 
-def _measure(layer: nn.Module, x: Tensor, given: list[Any]) -> tuple[Tensor, int]:
-    """Measure one normalization batch, as far as this rank has it: packed moments, and the number of samples."""
-    samples = x.shape[0]
+def _batch_of(layer: nn.Module, x: Tensor, given: list[Any]) -> tuple[Tensor, Tensor | None]:
+    """Find one normalization batch, as far as this rank has it, channels in dimension 1, and its mask."""
     if isinstance(layer, nn.LayerNorm):  # its channels are the last dimension
-        x = x.reshape(-1, x.shape[-1])
+        x = x.movedim(-1, 1)
     if isinstance(layer, GhostBatchNorm) and layer.training:
         x = x[: layer.ghost_batch]
-        samples = x.shape[0]
     mask = next((value for value in given if isinstance(value, Tensor) and value.dtype == torch.bool), None)
     if mask is not None:
         mask = mask.reshape(*mask.shape, *[1] * (x.dim() - 1 - mask.dim()))
-    return Moments.of(x, mask).pack(), samples
+    return x, mask
+
+
+def _halves_apart(x: Tensor) -> Tensor | None:
+    """Compare two halves of a batch: √(n₁ n₂) / n · (mean₁ - mean₂); `None` if there are none."""
+    first, over = len(x) // 2, [0, *range(2, x.dim())]
+    if not first:
+        return None
+    means = [half.mean(over, dtype=statistics_dtype(x.dtype)) for half in (x[:first], x[first:])]
+    return (means[0] - means[1]).double() * (math.sqrt(first * (len(x) - first)) / len(x))
 
 
 def _time_of(layer: nn.Module, given: list[Any]) -> int:

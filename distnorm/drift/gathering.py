@@ -26,8 +26,9 @@ class Caught:
         running_var: likewise.
         weight: as they are now; nan where a layer has none.
         bias: likewise.
+        apart: of `WatchedNorm`; nan with several ranks.
 
-    Shape: count, samples [R, L]; mean, m2, running_mean, running_var [R, S]; weight, bias [S].
+    Shape: count, samples [R, L]; mean, m2, running_mean, running_var [R, S]; weight, bias, apart [S].
     """
 
     count: Tensor
@@ -38,6 +39,7 @@ class Caught:
     running_var: Tensor
     weight: Tensor
     bias: Tensor
+    apart: Tensor
 
 
 class Gathering:
@@ -72,8 +74,8 @@ class Gathering:
             pending = collectives.start_gather(self._packed(word), self._ranks, "the drift monitor")
         free = [(norm.rank_moments(), _reference(norm), norm.samples) for norm in self._free]
         is_first = collectives.rank() == 0
-        affine = [_affine(norm, name) for name in ("weight", "bias") for norm in self.norms] if is_first else []
-        return PendingCatch(self, pending, free, affine)
+        own = [_own(norm, name) for name in ("weight", "bias", "apart") for norm in self.norms] if is_first else []
+        return PendingCatch(self, pending, free, own)
 
     def _packed(self, word: float) -> Tensor:
         moments = [norm.own_moments() for norm in self._joining]
@@ -85,13 +87,11 @@ class Gathering:
         parts += [r[: len(r) // 2] for r in references] + [r[len(r) // 2 :] for r in references]
         return torch.cat([part.to(device) for part in parts])
 
-    def unpack(
-        self, rows_RK: Tensor | None, free: Sequence[tuple[Tensor, Tensor, int]], affine: list[Tensor]
-    ) -> Caught:
+    def unpack(self, rows_RK: Tensor | None, free: Sequence[tuple[Tensor, Tensor, int]], own: list[Tensor]) -> Caught:
         """Copy to the host at once, and sort out."""
         num_ranks = len(self._ranks)
         parts = [] if rows_RK is None else [rows_RK]
-        parts += [part for moments, reference, _ in free for part in (moments, reference)] + affine
+        parts += [part for moments, reference, _ in free for part in (moments, reference)] + own
         device = parts[0].device
         flat = torch.cat([part.to(device, torch.float64, non_blocking=True).flatten() for part in parts]).cpu()
         found = iter(torch.split(flat, [part.numel() for part in parts]))
@@ -100,16 +100,15 @@ class Gathering:
         for _, _, samples in free:
             moments_RK, reference = next(found).view(num_ranks, -1), next(found).expand(num_ranks, -1)
             channels = moments_RK.shape[1] // 2
-            own = moments_RK[0, -1].clamp(min=1)
+            here = moments_RK[0, -1].clamp(min=1)
             columns[0].append(moments_RK[:, :channels])
             columns[1].append(moments_RK[:, channels:-1])
             columns[2].append(moments_RK[:, -1:])
-            columns[3].append(moments_RK[:, -1:] * (samples / own))  # as many positions on every rank as here
+            columns[3].append(moments_RK[:, -1:] * (samples / here))  # as many positions on every rank as here
             columns[4].append(reference[:, :channels])
             columns[5].append(reference[:, channels:])
         mean, m2, count, samples_RL, running_mean, running_var = (torch.cat(column, 1) for column in columns)
-        weight, bias = torch.cat(list(found)).chunk(2)
-        return Caught(count, samples_RL, mean, m2, running_mean, running_var, weight, bias)
+        return Caught(count, samples_RL, mean, m2, running_mean, running_var, *torch.cat(list(found)).chunk(3))
 
     def _sections(self, rows_RK: Tensor) -> list[list[Tensor]]:
         channels, layers = sum(norm.channels for norm in self._joining), len(self._joining)
@@ -132,9 +131,9 @@ class PendingCatch:
         gathering: Gathering,
         pending: collectives.Pending | None,
         free: list[tuple[Tensor, Tensor, int]],
-        affine: list[Tensor],
+        own: list[Tensor],
     ) -> None:
-        self._gathering, self._pending, self._free, self._affine = gathering, pending, free, affine
+        self._gathering, self._pending, self._free, self._own = gathering, pending, free, own
         self._rows: Tensor | None = None
 
     def word(self) -> float:
@@ -145,7 +144,7 @@ class PendingCatch:
     def finish(self) -> Caught | None:
         """Wait, and bring all to rank 0's host; `None` on the other ranks."""
         rows = self._wait()
-        return None if collectives.rank() else self._gathering.unpack(rows, self._free, self._affine)
+        return None if collectives.rank() else self._gathering.unpack(rows, self._free, self._own)
 
     def _wait(self) -> Tensor | None:
         if self._pending is not None:
@@ -160,9 +159,9 @@ def _reference(norm: WatchedNorm) -> Tensor:
     return norm.running() if norm.reference is None else norm.reference
 
 
-def _affine(norm: WatchedNorm, name: str) -> Tensor:
-    """Give a copy of the weight or bias [C]; nan where there is none, or none that is whole on this rank."""
-    found = getattr(norm.layer, name, None)
+def _own(norm: WatchedNorm, name: str) -> Tensor:
+    """Copy the weight, the bias or what is `apart` [C]; nan where there is none, or none that is whole on this rank."""
+    found = norm.apart if name == "apart" else getattr(norm.layer, name, None)
     if isinstance(found, Tensor) and found.numel() == norm.channels and not hasattr(found, "full_tensor"):
         return found.detach().to(torch.float64, copy=True)
     return torch.full((norm.channels,), torch.nan, dtype=torch.float64, device=norm.device)

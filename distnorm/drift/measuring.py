@@ -48,14 +48,15 @@ class Measurer:
         for index, norm in enumerate(norms):
             kinds.setdefault((norm.blocks(num_ranks), norm.family == "sample"), []).append(index)
         self._parts = [_Part(norms, indices, blocks, tier) for (blocks, _), indices in kinds.items()]
-        self._ranks_over_time = Window(_RANKS_WINDOW)
+        self._ranks_over_time, self._noise = Window(_RANKS_WINDOW), Window(_RANKS_WINDOW)
         self._affine: tuple[Tensor, Tensor] | None = None
 
     def measure(self, caught: Caught) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         """Compute all measures of a step: values by layer, and the worst channels; see `events.Measurement`."""
         by_channel: dict[str, Tensor] = {}
+        worth_S = self._worth(caught)
         for part in self._parts:
-            for key, of_part_S in part.measure(caught).items():
+            for key, of_part_S in part.measure(caught, worth_S[part.columns]).items():
                 whole_S = by_channel.setdefault(key, caught.mean.new_full(caught.mean.shape[1:], torch.nan))
                 whole_S[part.columns] = of_part_S
         if len(caught.mean) > 1:
@@ -79,16 +80,32 @@ class Measurer:
                 values |= {f"{key}.p95": p95s[row].tolist(), f"{key}.max": worst[row].tolist()}
                 channels[key] = found.channel[row].tolist()
 
+    def _worth(self, caught: Caught) -> Tensor:
+        """Estimate how many samples one rank's batch is worth: from ranks in the same step, or the halves of a batch.
+
+        Not from one step to the next: weights that move look like noise there.
+        """
+        count_RS = caught.count[:, _layer_of(self._channels)]
+        var_S = caught.m2.sum(0) / count_RS.sum(0).clamp(min=1) + self._eps_S
+        if len(caught.mean) == 1:
+            self._noise.add(caught.apart.square() / var_S)
+            over_time = self._noise.moments
+            assert over_time is not None
+            return torch.where(over_time.count < FEWEST_TIMES, torch.nan, 1 / over_time.mean)
+        means_RS = caught.mean.masked_fill(count_RS == 0, torch.nan)
+        self._ranks_over_time.add((means_RS - means_RS.nanmean(0)) * var_S.rsqrt())
+        residuals = self._ranks_over_time.moments
+        assert residuals is not None
+        worth_S = noise.effective_samples_of_ranks(residuals)
+        return torch.where(residuals.count.amax(0) < FEWEST_TIMES, torch.nan, worth_S)
+
     def _between_ranks(self, caught: Caught) -> dict[str, Tensor]:
-        ranks, layer_of_S = len(caught.mean), _layer_of(self._channels)
-        means_RS = caught.mean.masked_fill((caught.count == 0)[:, layer_of_S], torch.nan)
-        self._ranks_over_time.add(means_RS - means_RS.nanmean(0))  # weights that move, move all ranks
+        ranks = len(caught.mean)
         found: dict[str, Tensor] = {}
         over_time = self._ranks_over_time.moments
         if over_time is not None and float(over_time.count.max()) >= noise.FEWEST_TIMES:
             # Means that differ by less than 0.0001 σ differ by rounding.
-            tiny_S = 1e-8 * (caught.m2.sum(0) / caught.count.sum(0).clamp(min=1)[layer_of_S])
-            noisy = Moments(over_time.count, over_time.mean, over_time.m2 + over_time.count * tiny_S)
+            noisy = Moments(over_time.count, over_time.mean, over_time.m2 + over_time.count * 1e-8)
             found["between_ranks"] = noise.between_rank_ratio(noisy, common_removed=True)
         if any(len(part.blocks) > 1 for part in self._parts) and ranks > 1:
             spread_S = averages.rank_spread(caught.running_mean, caught.running_var + self._eps_S)
@@ -137,12 +154,18 @@ class _Part:
         order = sorted((rank, block) for block, ranks in enumerate(blocks) for rank in ranks)
         self._block_of_R = torch.tensor([block for _, block in order])
         self._first_R = [block[0] for block in blocks]
+        self._ranks_B1 = torch.tensor([[float(len(block))] for block in blocks])
         self._gaps, self._vars, self._past = Window(_GAPS_WINDOW), Window(_GAPS_WINDOW), Window(_RANKS_WINDOW)
         self._floors: dict[tuple[float, ...], dict[divergence.Kind, Tensor]] = {}
         self._kinds = divergence.KINDS if tier == "full" else divergence.KINDS[:1]
 
-    def measure(self, caught: Caught) -> dict[str, Tensor]:
-        """Compute what each channel of the part measures, blocks averaged: [S] a measure."""
+    def measure(self, caught: Caught, worth_S: Tensor) -> dict[str, Tensor]:
+        """Compute what each channel of the part measures, blocks averaged: [S] a measure.
+
+        Args:
+            caught: of all layers.
+            worth_S: samples that one rank's batch is worth.
+        """
         count_BS, samples_BL, mean_BS, var_BS = self._merged(caught)
         is_there_BS = count_BS > 0
         reference = self._reference(caught, mean_BS, var_BS, is_there_BS)
@@ -157,7 +180,7 @@ class _Part:
             gap_BS = (mean_BS - running[0]) * running[1].rsqrt()
             self._gaps.add(gap_BS.masked_fill(~is_there_BS, torch.nan))
             self._vars.add(batch[1])
-            found |= self._over_time(caught, count_BS, samples_BL)
+            found |= self._over_time(caught, count_BS, samples_BL, worth_S * self._ranks_B1)
         return found
 
     def _merged(self, caught: Caught) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,14 +240,13 @@ class _Part:
             bad_BS = bad_BS | health.non_finite(*reference)
         return bad_BS.any(0).double()
 
-    def _over_time(self, caught: Caught, count_BS: Tensor, samples_BL: Tensor) -> dict[str, Tensor]:
+    def _over_time(self, caught: Caught, count_BS: Tensor, samples_BL: Tensor, worth_BS: Tensor) -> dict[str, Tensor]:
         gaps, variances = self._gaps.moments, self._vars.moments
         assert gaps is not None
         assert variances is not None
         if float(gaps.count.max()) < FEWEST_TIMES:
             return {}
         momentum_S = self._momentum_S
-        worth_BS = noise.effective_samples(gaps, momentum_S)
         found = {"lag": averages.lag(gaps, momentum_S).nanmean(0), "effective_samples": worth_BS.nanmean(0)}
         if self._tier == "full":
             found |= {

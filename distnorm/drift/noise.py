@@ -13,7 +13,7 @@ from distnorm.moments import Moments
 
 FEWEST_TIMES = 10
 """Measurements before ranks are compared over time."""
-_Z = 3.719  # of the standard normal distribution, exceeded with probability 0.0001
+_Z = 3.090  # of the standard normal distribution, exceeded with probability 0.001
 
 
 def effective_samples(gaps: Moments, momentum: Tensor | float | None = None) -> Tensor:
@@ -34,6 +34,29 @@ def effective_samples(gaps: Moments, momentum: Tensor | float | None = None) -> 
     """
     variance = gaps.m2 / (gaps.count - 1).clamp(min=1)
     return torch.where(gaps.count < 2, torch.nan, (1 + running_noise(momentum).to(variance)) / variance)
+
+
+def effective_samples_of_ranks(residuals: Moments) -> Tensor:
+    """How many independent samples one rank's batch is worth, told by the ranks themselves.
+
+        n_eff = 1 / MS,   MS = Σ_kt (r_kt - mean_t r_k)² / ((K - 1) (T - 1)),   r_kt = (m_kt - mean_k m_kt) / σ_t
+
+    Unlike `effective_samples` it knows nothing of weights that move from step to step: all ranks have the same ones.
+    Neither do ranks that differ for good count. Several ranks that share statistics are worth as many times more.
+
+    Args:
+        residuals: moments over T ≥ 2 measurements of each of K ≥ 2 ranks' batch mean, less their common mean, in
+            standard deviations.
+
+    Shape: residuals.count broadcasts with [K, C], mean and m2 are [K, C]; result [C].
+
+    Source: the residual mean square of a two-way analysis of variance.
+    """
+    times_KC = residuals.count.double().expand(residuals.mean.shape)
+    there_KC = times_KC >= 2
+    ranks_C = there_KC.sum(0)
+    freedom_C = (times_KC - 1).where(there_KC, 0).sum(0) * (ranks_C - 1) / ranks_C.clamp(min=1)
+    return torch.where(ranks_C < 2, torch.nan, freedom_C / residuals.m2.where(there_KC, 0).sum(0))
 
 
 def cv_mean(effective: Tensor) -> Tensor:
@@ -102,7 +125,7 @@ def f_median(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def ratio_by_chance(num_ranks: int, times: int) -> float:
-    """What `between_rank_ratio`, common movement removed, exceeds by chance with probability 0.0001.
+    """What `between_rank_ratio`, common movement removed, exceeds by chance with probability 0.001.
 
     Channels of a layer may move as one, so that their median is no better known than one channel: with two ranks a
     ratio of 9 is nothing. The tail of F comes from the cube-root approximation, within 20 %.
