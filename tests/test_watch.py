@@ -118,6 +118,18 @@ def test_layers_that_sum_join_the_gather():
     compare(found, ("world", "pairs"), 4, {"world": [[0, 1, 2, 3]], "pairs": [[0, 1], [2, 3]]})
 
 
+def held(evaluation):
+    """Body: samples that the running averages hold, of a local layer and of one that pairs of ranks share."""
+    events, _ = watched(("local", "pairs"), uneven=False, evaluation=evaluation)
+    return [event.values["estimator_samples"] for event in measurements(events)[-1:]]
+
+
+def test_pooled_averages_hold_the_samples_of_all_ranks():
+    for evaluation, samples in (("running", [6, 12]), ("pooled", [24, 24])):
+        ((found,), *_) = ranks.run(held, evaluation, world=4)
+        assert found == pytest.approx([n * 1.9 / 0.1 for n in samples])
+
+
 def counting(kinds, options):
     """Body: how many gathers the watch started, and their numbers."""
     sizes, original = [], collectives.start_gather
@@ -422,6 +434,10 @@ def test_names_can_be_chosen():
     [
         ({"kind": "lite"}, r"drift.kind='lite' is not one of light, full. Did you mean 'light'\?"),
         ({"interval": 0}, r"drift.interval=0 must be a whole number of at least 1. Use e.g. 20."),
+        (
+            {"evaluation": "poled"},
+            r"drift.evaluation='poled' is not one of running, pooled, precise. Did you mean 'pooled'",
+        ),
         ({"on_alarm": "stpo"}, r"drift.on_alarm='stpo' is not one of warn, stop. Did you mean 'stop'\?"),
     ],
 )

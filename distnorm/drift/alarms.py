@@ -12,8 +12,8 @@ from distnorm.drift.noise import FEWEST_TIMES, ratio_by_chance
 class Alarms:
     """Holds measurements against the limits of the catalogue.
 
-    A measure's alarm is raised when `limit.layers` layers have been beyond it in `limit.times` measurements in a row,
-    and cleared when fewer than that are beyond `limit.clear`. What was not measured changes nothing.
+    A measure's alarm is raised when a layer has been beyond it in `limit.times` measurements in a row, and cleared when
+    none is beyond `limit.clear`. What was not measured changes nothing.
 
     Args:
         layers: names, in the order of the measurements.
@@ -67,17 +67,16 @@ class Alarms:
         streaks = self._streaks.setdefault(key, [0] * len(values))
         for index in known:
             streaks[index] = streaks[index] + 1 if _is_beyond(values[index], limit.at, limit) else 0
-        needed = min(limit.layers, len(known))
         worst = (max if limit.side == "above" else min)(known, key=lambda index: values[index])
         if key not in self._raised:
             beyond = [index for index in known if streaks[index] >= limit.times]
-            if len(beyond) < needed:
+            if not beyond:
                 return []
             message = _in_words(title, unit, limit, values[worst], names[worst], len(beyond))
             alarm = Alarm(step, key, names[worst], float(values[worst]), limit.at, "raised", message)
             self._raised[key] = alarm
             return [alarm]
-        if sum(_is_beyond(values[index], limit.clear, limit) for index in known) >= needed:
+        if any(_is_beyond(values[index], limit.clear, limit) for index in known):
             return []
         del self._raised[key]
         where = f", worst in {names[worst]}" if names[worst] else ""

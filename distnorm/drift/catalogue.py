@@ -18,7 +18,6 @@ class Limit:
         clear: where the alarm ends: on the healthy side of `at`, so that noise does not raise it again and again.
         side: which side of `at` is alarming.
         times: measurements in a row that must be beyond `at`.
-        layers: layers that must be beyond it at once; fewer in a model that has fewer.
         meaning: what it means, a clause.
         remedy: what to do, one or two sentences in the imperative, with the setting to type.
     """
@@ -29,7 +28,6 @@ class Limit:
     times: int
     meaning: str
     remedy: str
-    layers: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ MEASURES: tuple[Measure, ...] = (
     Measure("between_ranks", "between-rank ratio", "", "light", 1.0, 10.0,
         "0.3 to 2; more by chance with few ranks", over_channels=True,
         limit=Limit(2.0, 1.5, "above", 3, "shards differ by rank",
-            "Shuffle before sharding (data.shards=shuffled), or use norm=sync.", layers=2)),
+            "Shuffle before sharding (data.shards=shuffled), or use norm=sync.")),
     Measure("lag", "lag of the running mean", "σ", "light", 0.0, 0.5,
         "under 0.1 once the learning rate falls", over_channels=True,
         limit=Limit(0.25, 0.15, "above", 5, "the running average lags behind the weights",

@@ -37,9 +37,10 @@ class Measurer:
         norms: in the order of `Caught`.
         tier: `light` or `full`.
         num_ranks: R.
+        pooled: whether evaluation pools the running averages of all ranks: together they hold more samples.
     """
 
-    def __init__(self, norms: Sequence[WatchedNorm], tier: str, num_ranks: int) -> None:
+    def __init__(self, norms: Sequence[WatchedNorm], tier: str, num_ranks: int, *, pooled: bool = False) -> None:
         self._channels = [norm.channels for norm in norms]
         self._tier = tier
         self._eps_S = _per_channel([float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in norms], self._channels)
@@ -47,7 +48,7 @@ class Measurer:
         kinds: dict[tuple[tuple[tuple[int, ...], ...], bool], list[int]] = {}
         for index, norm in enumerate(norms):
             kinds.setdefault((norm.blocks(num_ranks), norm.family == "sample"), []).append(index)
-        self._parts = [_Part(norms, indices, blocks, tier) for (blocks, _), indices in kinds.items()]
+        self._parts = [_Part(norms, indices, blocks, tier, pooled) for (blocks, _), indices in kinds.items()]
         self._ranks_over_time, self._noise = Window(_RANKS_WINDOW), Window(_RANKS_WINDOW)
         self._affine: tuple[Tensor, Tensor] | None = None
 
@@ -138,8 +139,14 @@ class _Part:
     """Layers whose ranks form the same blocks."""
 
     def __init__(
-        self, norms: Sequence[WatchedNorm], indices: list[int], blocks: tuple[tuple[int, ...], ...], tier: str
+        self,
+        norms: Sequence[WatchedNorm],
+        indices: list[int],
+        blocks: tuple[tuple[int, ...], ...],
+        tier: str,
+        pooled: bool,
     ) -> None:
+        self._pooled = pooled
         self.blocks, self._indices = blocks, indices
         own = [norms[index] for index in indices]
         layer_of_S = _layer_of([norm.channels for norm in norms])
@@ -254,8 +261,9 @@ class _Part:
                 "cv_var": noise.cv_var(variances).nanmean(0),
                 "design_effect": noise.design_effect(count_BS, worth_BS).nanmean(0),
                 "estimator_sd": averages.estimator_sd(worth_BS, momentum_S).nanmean(0),
-                "estimator_samples": averages.estimator_samples(samples_BL[:, self._layer_of_S], momentum_S).nanmean(0),
             }
+            held_BS = averages.estimator_samples(samples_BL[:, self._layer_of_S], momentum_S)
+            found["estimator_samples"] = held_BS.sum(0) if self._pooled else held_BS.nanmean(0)
             found |= self._analysis_of_variance(caught, count_BS, worth_BS) if len(caught.mean) > 1 else {}
         return found
 

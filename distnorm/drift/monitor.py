@@ -17,11 +17,6 @@ from distnorm.drift.watch import DriftWatch
 
 _RECENT = 10
 _OF_LAYERS = ("jeffreys", "between_ranks", "lag", "effective_samples")
-_SILENT = {
-    "running": (),
-    "pooled": ("rank_spread",),
-    "precise": ("rank_spread", "lag", "estimator_samples"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +71,7 @@ class DriftMonitor(Callback):
         precise_samples: int = 1024,
     ) -> None:
         self._options: dict[str, Any] = {"kind": kind, "interval": interval, "include": include, "exclude": exclude}
-        self._options |= {"on_alarm": on_alarm, "silent": _SILENT.get(evaluation, ())}
+        self._options |= {"on_alarm": on_alarm, "evaluation": evaluation}
         self._kind, self._evaluation = kind, evaluation
         self._worst_layers, self._gap_interval, self._precise_samples = worst_layers, gap_interval, precise_samples
         self._watch: DriftWatch | None = None

@@ -24,6 +24,12 @@ from distnorm.errors import ConfigError, did_you_mean
 
 _log = logging.getLogger(__name__)
 _KINDS, _ANSWERS = ("light", "full"), ("warn", "stop")
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "running": (),
+    "pooled": ("rank_spread",),
+    "precise": ("rank_spread", "lag", "estimator_samples"),
+}
+"""Measures that say nothing of what evaluation uses."""
 Tier = Literal["light", "full"]
 
 
@@ -40,7 +46,9 @@ class DriftWatch:
         interval: steps between measurements.
         include: globs of names of layers to watch; all, if empty.
         exclude: globs of names not to watch.
-        silent: keys of measures that raise no alarm.
+        evaluation: what evaluation uses: `running`, `pooled` or `precise` statistics. Alarms about running averages
+            that it does not use are not raised.
+        silent: keys of further measures that raise no alarm.
         on_alarm: `stop` makes `is_stopped` true on all ranks, an interval after an alarm.
 
     Attributes:
@@ -77,17 +85,19 @@ class DriftWatch:
         interval: int = 20,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
+        evaluation: str = "running",
         silent: Collection[str] = (),
         on_alarm: Literal["warn", "stop"] = "warn",
     ) -> None:
-        _check(kind, interval, on_alarm)
+        _check(kind, interval, evaluation, on_alarm)
         self.sinks, self.interval, self._kind, self._stops = list(sinks), interval, kind, on_alarm == "stop"
         self._in_order = _selected(list(watched_norms(model)), include, exclude)
         self._gathering = Gathering(self._in_order, carries_word=self._stops)
         places = {norm: place for place, norm in enumerate(self._gathering.norms)}
         self._place = [places[norm] for norm in self._in_order]
-        self._measurer = Measurer(self._gathering.norms, kind, collectives.world_size()) if self._in_order else None
-        self.alarms = Alarms(self.names, silent, collectives.world_size())
+        world, pooled = collectives.world_size(), evaluation == "pooled"
+        self._measurer = Measurer(self._gathering.norms, kind, world, pooled=pooled) if self._in_order else None
+        self.alarms = Alarms(self.names, {*silent, *_UNUSED[evaluation]}, world)
         self._hooks = Hooks(self._in_order, lambda _: self.is_measuring)
         self.steps = 0
         self.is_measuring = self.is_stopped = False
@@ -249,8 +259,9 @@ def _selected(norms: list[WatchedNorm], include: Sequence[str], exclude: Sequenc
     ]
 
 
-def _check(kind: str, interval: int, on_alarm: str) -> None:
-    for argument, value, choices in (("kind", kind, _KINDS), ("on_alarm", on_alarm, _ANSWERS)):
+def _check(kind: str, interval: int, evaluation: str, on_alarm: str) -> None:
+    choices_of = {"kind": (kind, _KINDS), "evaluation": (evaluation, _UNUSED), "on_alarm": (on_alarm, _ANSWERS)}
+    for argument, (value, choices) in choices_of.items():
         if value not in choices:
             near = did_you_mean(str(value), choices)
             raise ConfigError(f"drift.{argument}={value!r} is not one of {', '.join(choices)}.{near}")
