@@ -2,24 +2,24 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from distnorm.drift.alarms import measures
 from distnorm.drift.catalogue import MEASURES
 from distnorm.drift.events import Snapshot
 from distnorm.drift.report.render import render
+from distnorm.drift.report.verdict import number
 from tests.browser import REQUIRED, Browser, find
 from tests.histories import history
+from tests.report_pages import ARTEFACTS, DRAWN, OPENED, choose, in_words, place_of, readout, shown
 
 pytestmark = pytest.mark.unit
 
-ARTEFACTS = Path(__file__).parent.parent / "test-artefacts"
 EVIL = "<script>alert(1)</script>"
 PLACES = ("#layer-h", "#readout", "#tip", "#verdict", "#alarms", "#worst", ".labels", "#compare", ".map figcaption")
 SECTIONS = ("verdict", "drift", "gap", "alarms", "worst", "decision")
-DRAWN = "!document.querySelector('.overview .value:empty')"
 
 
 @pytest.fixture(scope="module")
@@ -44,41 +44,6 @@ def pages(run, tmp_path_factory):
     return render([history(seed=1), run], tmp_path_factory.mktemp("two") / "page.html")
 
 
-def shown(browser, path, name=None, **how):
-    """Open a page, see that nothing went wrong in it, and keep its picture."""
-    browser.open(path, **how)
-    browser.wait(DRAWN)
-    assert browser.problems == []
-    assert [url for url in browser.urls if not url.startswith(("file:", "data:"))] == []
-    assert browser.value("document.documentElement.scrollWidth") <= how.get("width", 1280), "the page scrolls sideways"
-    if name:
-        browser.screenshot(ARTEFACTS / f"{name}.png")
-
-
-def choose(browser, key, stat="median"):
-    browser.value(f"document.getElementById('tab-{key}').click()")
-    browser.wait(f"document.documentElement.dataset.ready === '{key}'")
-    if stat != "median":
-        browser.value(f"document.querySelector('input[value={stat}]').click()")
-        browser.wait(f"document.documentElement.dataset.ready === '{key}.{stat}'")
-
-
-def place_of(browser, run, row, t, which=0):
-    """The middle of a cell in the window, by the page's own geometry alone: rows and steps are even."""
-    browser.value(f"document.querySelectorAll('.cells')[{which}].scrollIntoView({{block: 'center'}})")
-    box = f"document.querySelectorAll('.cells')[{which}].getBoundingClientRect()"
-    left, top, width, height = browser.value(f"(r => [r.left, r.top, r.width, r.height])({box})")
-    return left + (t + 0.5) * width / len(run.steps), top + (row + 0.5) * height / len(run.layers)
-
-
-def readout(browser):
-    return browser.value("document.getElementById('readout').textContent")
-
-
-def in_words(step):
-    return f"step {step:,}".replace(",", "\u2009")
-
-
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1600, False), (1600, True)])
 def test_the_page_works_at_any_width_in_light_and_dark(browser, page, run, width, dark):
     how = {"height": 844, "scale": 2, "mobile": True} if width == 390 else {}
@@ -90,7 +55,7 @@ def test_the_page_works_at_any_width_in_light_and_dark(browser, page, run, width
     assert (max(map(int, background[4:-1].split(","))) < 60) == dark
     assert browser.value("document.querySelectorAll('.chart svg path.line').length") >= 4
     browser.mouse(*place_of(browser, run, 7, 140), click=True)
-    browser.wait("document.querySelectorAll('#lines svg').length > 5")
+    browser.wait(OPENED)
     assert browser.value("document.documentElement.scrollWidth") <= width
 
 
@@ -113,8 +78,10 @@ def test_pointing_at_a_cell_says_layer_step_value_and_worst_channel(browser, pag
 def test_a_click_opens_the_layer(browser, page, run):
     shown(browser, page)
     browser.mouse(*place_of(browser, run, 7, 140), click=True)
-    browser.wait("document.querySelectorAll('#lines svg').length > 5")
+    browser.wait(OPENED)
     assert browser.value("document.getElementById('layer-h').textContent") == run.layers[7].name
+    measures_made = {key.partition(".")[0] for key in run.values}
+    assert browser.value("document.querySelectorAll('#lines svg').length") == len(measures_made)
     assert "64 channels" in browser.value("document.getElementById('layer-about').textContent")
     count = run.layers[7].channels
     points = browser.value(
@@ -148,8 +115,8 @@ def test_the_map_is_read_by_keys(browser, page, run):
     for _ in range(30):
         browser.press("ArrowRight")
     said = readout(browser).split(" · ")
-    assert said[:2] == [run.layers[1].name, in_words(int(run.steps[30]))]
-    assert f"{run.values['between_ranks'][1, 30]:.3g}" in said[2]
+    assert said[:2] == [run.layers[1].name, in_words(int(run.steps[4 + 30]))]  # the ratio is made from the 5th on
+    assert f"{run.values['between_ranks'][1, 4 + 30]:.3g}" in said[2]
     browser.press("Enter", "\r")
     browser.wait("!document.getElementById('layer').hidden && document.activeElement.id === 'layer-h'")
     assert browser.value("document.getElementById('layer-h').textContent") == run.layers[1].name
@@ -162,13 +129,18 @@ def test_measures_are_chosen_by_arrow_keys(browser, page):
     browser.press("ArrowRight")
     browser.wait("document.documentElement.dataset.ready === 'lag'")
     assert browser.value("document.querySelector('#measure-title').textContent") == "Lag of the running mean, σ"
-    assert "limit 0.5" in browser.value("document.getElementById('legend').textContent")
+    assert f"limit {number(measures(8)['lag'].limit.at)}" in browser.value(
+        "document.getElementById('legend').textContent"
+    )
 
 
 def test_an_alarm_shows_its_cell(browser, page, run):
     shown(browser, page)
     alarm = run.alarms[-1]
-    assert browser.value("document.querySelectorAll('.axis-x .alarm.raised').length") == len(run.alarms)
+    places = browser.value("[...document.querySelectorAll('.axis-x .alarm')].map((a) => a.getAttribute('d'))")
+    assert len(set(places)) == len(places) == len(run.alarms)
+    raised = sum(alarm.state == "raised" for alarm in run.alarms)
+    assert browser.value("document.querySelectorAll('.axis-x .alarm.raised').length") == raised
     browser.value("[...document.querySelectorAll('button[data-alarm]')].at(-1).click()")
     browser.wait(f"document.getElementById('readout').textContent.startsWith({json.dumps(alarm.layer)})")
     assert in_words(alarm.step) in readout(browser)
@@ -217,7 +189,7 @@ def test_all_text_has_contrast(browser, pages, run, dark):
     shown(browser, pages, dark=dark)
     browser.value("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     browser.mouse(*place_of(browser, run, 7, 140, which=1), click=True)
-    browser.wait("document.querySelectorAll('#lines svg').length > 5")
+    browser.wait(OPENED)
     found = browser.value(CONTRAST)
     assert len(found) > 300
     assert [one for one in found if one[0] < 4.5] == []
@@ -247,7 +219,7 @@ def test_a_name_that_is_markup_shows_as_text(browser, tmp_path):
     other = dataclasses.replace(run, name="other")
     shown(browser, render([run, other], tmp_path / "page.html"))
     browser.mouse(*place_of(browser, run, 0, 40), click=True)
-    browser.wait("document.querySelectorAll('#lines svg').length > 5")
+    browser.wait(OPENED)
     for place in PLACES:
         assert EVIL in browser.value(f"document.querySelector('{place}').textContent"), place
     assert browser.value("document.querySelectorAll('script').length") == 2

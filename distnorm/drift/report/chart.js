@@ -15,6 +15,31 @@ function gapOf(run) {
   return gaps.length ? gaps[gaps.length >> 1] : 1;
 }
 
+// The range of measurements that each of so many pixels shows, -1 where there was none near it: a cell reaches half way
+// to the next, and at most as far as measurements of its kind are apart. All pixels show a measurement that is alone.
+function columnsOf(grid, width) {
+  const found = new Int32Array(2 * width).fill(-1);
+  if (!grid) return found;
+  const { times, steps } = grid;
+  if (times.length === 1) return found.fill(times[0]);
+  const gap = gapOf(grid);
+  for (let i = 0; i < times.length; i++) {
+    const before = i ? Math.max((steps[i - 1] + steps[i]) / 2, steps[i] - gap) : steps[i] - gap / 2;
+    const after = i + 1 < steps.length ? Math.min((steps[i] + steps[i + 1]) / 2, steps[i] + gap) : steps[i] + gap / 2;
+    const first = Math.max(0, Math.floor(placeOf(before, width) + 0.01));
+    const last = Math.min(width - 1, Math.max(first, Math.ceil(placeOf(after, width) - 0.01) - 1));
+    for (let x = first; x <= last; x++) {
+      if (found[2 * x] < 0) found[2 * x] = times[i];
+      found[2 * x + 1] = times[i];
+    }
+  }
+  return found;
+}
+
+function placeOf(step, width) {
+  return ((step - domain[0]) / (domain[1] - domain[0])) * width;
+}
+
 function moveCursor(step, from = null) {
   for (const chart of charts) if (!chart.element.isConnected) charts.delete(chart);
   for (const chart of charts) if (chart !== from) chart.cursor(step);
@@ -35,7 +60,8 @@ function logTicks(low, high) {
   const found = (factors) => Array.from({ length: Math.ceil(high) - Math.floor(low) + 1 }, (_, i) => Math.floor(low) + i)
     .flatMap((power) => factors.map((factor) => Number(`${factor}e${power}`)))
     .filter((v) => Math.log10(v) >= low && Math.log10(v) <= high);
-  return [[1, 2, 5], [1, 3], [1]].map(found).find((marks) => marks.length <= 6) || [];
+  const marks = [[1, 2, 5], [1, 3], [1]].map(found).find((some) => some.length <= 6) || [];
+  return marks.length > 1 ? marks : ticks(10 ** low, 10 ** high, 4).filter((v) => v > 0);
 }
 
 function path(xs, ys, toX, toY, width) {
@@ -97,7 +123,7 @@ function lineChart({ title, unitText = "", series, limit = null, healthy = null,
     now.replaceChildren(...series.filter((one) => !one.faint).map((one) => value(one, nearest(one.xs, step))));
   }
   function value(one, i) {
-    const name = series.filter((other) => !other.faint).length > 1 ? `${one.name} ` : "";
+    const name = one.name && series.filter((other) => !other.faint).length > 1 ? `${one.name} ` : "";
     return make("span", { class: `run-${one.run % 6}` }, `${name}${say(i < 0 ? NaN : one.ys[i])}`);
   }
   function rest() {
@@ -117,8 +143,9 @@ function lineChart({ title, unitText = "", series, limit = null, healthy = null,
   return figure;
 }
 
-// points: [{name, xs, ys, run}]; log axes where all is positive and it is wanted; the diagonal is where both agree.
-function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, marked = -1, markedName = "" }) {
+// points: [{xs, ys, run}]; log axes where all is positive and it is wanted; the diagonal is where both agree.
+// `words(k, i)`: lines on point i of points[k].
+function scatter({ title, xTitle, yTitle, points, words, log = false, diagonal = true, marked = -1, markedName = "" }) {
   const [width, height, left, bottom] = [300, 250, 46, 32];
   const map = log ? (v) => Math.log10(Math.max(v, 1e-30)) : (v) => v;
   const bounds = (values) => {
@@ -148,10 +175,48 @@ function scatter({ title, xTitle, yTitle, points, log = false, diagonal = true, 
     const shape = one.xs.map((x, i) => `M${toX(x).toFixed(1)} ${toY(one.ys[i]).toFixed(1)}h0`).join("");
     svg.append(make("path", { d: shape, class: `points run-${one.run % 6}` }));
   }
+  hover(svg, points.flatMap((one, k) => one.xs.map((x, i) => ({ x: toX(x), y: toY(one.ys[i]), text: () => words(k, i) }))), width);
   if (marked >= 0 && marked < points[0].xs.length) {
     const [x, y] = [toX(points[0].xs[marked]), toY(points[0].ys[marked])];
     svg.append(make("circle", { cx: x, cy: y, r: 6, class: "ring" }),
       make("text", { x: x > width - 80 ? x - 9 : x + 9, y: y + 3.5, class: "axis", "text-anchor": x > width - 80 ? "end" : "start" }, markedName));
   }
   return make("figure", { class: "chart" }, make("figcaption", {}, make("b", {}, title), make("span", { class: "now" }, `↑ ${yTitle}`)), svg);
+}
+
+// Say what the point nearest to the pointer is, and ring it.
+function hover(svg, places, width) {
+  const ring = make("circle", { r: 5, class: "ring near", visibility: "hidden" });
+  svg.append(ring);
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const scale = width / box.width;
+    const [x, y] = [(event.clientX - box.left) * scale, (event.clientY - box.top) * scale];
+    const far = (one) => (one.x - x) ** 2 + (one.y - y) ** 2;
+    const found = places.reduce((a, b) => (far(b) < far(a) ? b : a), { x: Infinity, y: Infinity });
+    if (!(far(found) < 14 ** 2)) return rest();
+    for (const [name, value] of [["cx", found.x], ["cy", found.y], ["visibility", "visible"]]) ring.setAttribute(name, value);
+    putTip(found.text(), event.clientX, event.clientY);
+  });
+  svg.addEventListener("pointerleave", rest);
+  function rest() {
+    ring.setAttribute("visibility", "hidden");
+    document.getElementById("tip").hidden = true;
+  }
+}
+
+// Which colour is which run: once above many charts.
+function runKeys() {
+  if (DATA.runs.length < 2) return [];
+  return [make("p", { class: "keys" }, ...DATA.runs.map((run, index) => make("span", { class: `key run-${index % 6}` }, run.name)))];
+}
+
+// Lines beside a place in the window, the first in bold.
+function putTip([first, ...rest], x, y) {
+  const tip = document.getElementById("tip");
+  tip.replaceChildren(make("b", {}, first), ...rest.map((line) => make("span", {}, line)));
+  tip.hidden = false;
+  const width = document.documentElement.clientWidth;
+  tip.style.left = `${Math.max(8, Math.min(x + 16, width - tip.offsetWidth - 8))}px`;
+  tip.style.top = `${y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 14 : y + 18}px`;
 }

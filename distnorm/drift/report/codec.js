@@ -43,7 +43,8 @@ async function numbers(plane) {
   });
 }
 
-// One measure of one run: `at(layer, measurement)`; decoded when it is first asked for, then kept.
+// One measure of one run: `at(layer, measurement)`, and the measurements that made it, with their steps; decoded when it
+// is first asked for, then kept.
 const decoded = new Map();
 function grid(run, key) {
   const name = `${DATA.runs.indexOf(run)} ${key}`;
@@ -57,9 +58,12 @@ async function decode(run, key) {
   const worst = run.worst[key.replace(/\.(max|p95)$/, "")];
   const [values, channels] = await Promise.all([numbers(plane), worst ? codes(worst) : null]);
   const columns = plane.shape[1];
+  const at = (layer, t) => values[layer * columns + Math.floor(t / plane.k)];
+  const times = Array.from(run.steps.keys()).filter((t) => run.layers.some((_, row) => !Number.isNaN(at(row, t))));
   return {
-    k: plane.k,
-    at: (layer, t) => values[layer * columns + Math.floor(t / plane.k)],
+    at,
+    times,
+    steps: times.map((t) => run.steps[t]),
     channel: (layer, t) => (channels ? channels[layer * worst.shape[1] + Math.floor(t / worst.k)] - 1 : -1),
   };
 }

@@ -29,6 +29,7 @@ _STYLE: Any = {
     "savefig.bbox": "tight",
 }
 _MOST_LABELS = 40
+_MOST_COLUMNS = 3
 
 
 def figures(histories: Sequence[History], folder: Path) -> list[Path]:
@@ -88,29 +89,26 @@ def _is_measured(history: History, measure: Measure) -> bool:
 def _map(histories: Sequence[History], measure: Measure, plt: Any, mpl: Any) -> Any:
     """Draw layers × steps of each run, on one scale from healthy to the end of the measure's span."""
     most = max(len(history.layers) for history in histories)
-    size = (4.6 * len(histories) + 1.4, min(2.4 + 0.17 * most, 8))
-    figure, axes = plt.subplots(1, len(histories), figsize=size, squeeze=False, layout="constrained")
+    rows, columns = math.ceil(len(histories) / _MOST_COLUMNS), min(len(histories), _MOST_COLUMNS)
+    size = (4.6 * columns + 1.4, rows * min(2.4 + 0.17 * most, 8))
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     low, high = sorted((measure.healthy, measure.span))
     is_log = measure.healthy > 0 and high / low > 5
     norm = (mpl.colors.LogNorm if is_log else mpl.colors.Normalize)(low, high)
     name = "magma_r" if measure.span > measure.healthy else "magma"
-    colours = mpl.colormaps[name].with_extremes(bad="#e8e8e8")
-    drawn = None
-    for one, history in zip(axes[0], histories, strict=True):
-        edges = _edges(history.steps)
-        rows = np.arange(len(history.layers) + 1) - 0.5
-        drawn = one.pcolormesh(edges, rows, np.ma.masked_invalid(history.values[measure.key]), cmap=colours, norm=norm)
-        drawn.set_rasterized(True)
+    colours = mpl.cm.ScalarMappable(norm, mpl.colormaps[name].with_extremes(bad="#e8e8e8"))
+    for one, history in zip(axes.flat, histories, strict=False):
+        is_made = np.asarray(np.isfinite(history.values[measure.key]).any(axis=0))
+        draw = _cells if is_made.sum() > 1 else _bars
+        draw(one, history, measure, is_made, colours)
         one.invert_yaxis()
         every = math.ceil(len(history.layers) / _MOST_LABELS)
         names = [_plain(layer.name) for layer in history.layers]
         one.set_yticks(range(0, len(names), every), names[::every], fontsize=7)
-        steps = [a.step for a in history.alarms if a.measure == measure.key and a.state == "raised"]
-        if steps:
-            one.plot(steps, [len(names) - 0.5] * len(steps), "^", color="#b3261e", clip_on=False, markersize=6)
-        one.set_xlabel("step")
         one.set_title(_plain(history.name) if len(histories) > 1 else "", fontsize=9)
-    bar = figure.colorbar(drawn, ax=axes[0].tolist(), extend="both", pad=0.02)
+    for one in list(axes.flat)[len(histories) :]:
+        one.set_axis_off()
+    bar = figure.colorbar(colours, ax=axes.ravel().tolist(), extend="both", pad=0.02)
     bar.set_label(measure.unit)
     figure.suptitle(measure.title, fontsize=10)
     if is_log:
@@ -118,6 +116,38 @@ def _map(histories: Sequence[History], measure: Measure, plt: Any, mpl: Any) -> 
     if measure.limit is not None:
         bar.ax.axhline(measure.limit.at, color="#b3261e", linewidth=1.5)
     return figure
+
+
+def _cells(one: Any, history: History, measure: Measure, is_made_T: NDArray[np.bool_], colours: Any) -> None:
+    """Draw the measurements that were made, each up to half way to the next."""
+    values_LT = np.ma.masked_invalid(history.values[measure.key][:, is_made_T])
+    layers = np.arange(len(history.layers) + 1) - 0.5
+    edges = _edges(history.steps[is_made_T])
+    drawn = one.pcolormesh(edges, layers, values_LT, cmap=colours.cmap, norm=colours.norm)
+    drawn.set_rasterized(True)
+    steps = [a.step for a in history.alarms if a.measure == measure.key and a.state == "raised"]
+    if steps:
+        place = [len(history.layers) - 0.5] * len(steps)
+        one.plot(steps, place, "^", color="#b3261e", clip_on=False, markersize=6)
+    one.set_xlabel("step")
+
+
+def _bars(one: Any, history: History, measure: Measure, is_made_T: NDArray[np.bool_], colours: Any) -> None:
+    """Draw the one measurement that was made: a bar a layer from healthy to its value."""
+    at = int(is_made_T.argmax())
+    values_L = history.values[measure.key][:, at]
+    known = np.where(np.isfinite(values_L), values_L, measure.healthy)
+    rows = np.arange(len(known))
+    bars = one.barh(rows, known - measure.healthy, left=measure.healthy, color=colours.to_rgba(known))
+    if len(known) <= _MOST_LABELS:
+        one.bar_label(bars, [f"{value:.3g}" if np.isfinite(value) else "" for value in values_L], padding=4, fontsize=7)
+    one.axvline(measure.healthy, color="#888888", linewidth=0.8)
+    one.set_ylim(-0.5, len(known) - 0.5)
+    ends = (measure.healthy, measure.span, known.min(), known.max())
+    room = 0.1 * (max(ends) - min(ends))
+    one.set_xlim(min(ends) - room, max(ends) + room)
+    one.set_xlabel(f"{measure.unit or 'value'}, measured once, at step {history.steps[at]}")
+    one.ticklabel_format(axis="x", useOffset=False)
 
 
 def _edges(steps: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -140,16 +170,19 @@ def _lines(histories: Sequence[History], shown: Sequence[Measure], plt: Any) -> 
                 values = worst(np.where(np.isnan(values_LT), fill, values_LT), axis=0)
                 kept = np.isfinite(values)
                 colour = _COLOURS[index % len(_COLOURS)]
-                one.plot(history.steps[kept], values[kept], color=colour, label=_plain(history.name), linewidth=1.1)
+                marker = "." if kept.sum() == 1 else "None"
+                one.plot(history.steps[kept], values[kept], marker=marker, color=colour, linewidth=1.1)
         if measure.limit is not None:
             one.axhline(measure.limit.at, color="#b3261e", linestyle=":", linewidth=1)
+        one.set_xlim(min(h.steps[0] for h in histories), 1.02 * max(h.steps[-1] for h in histories))
+        one.ticklabel_format(axis="y", useOffset=False)
         one.set_title(f"{measure.title}{f' ({measure.unit})' if measure.unit else ''}", fontsize=7.5, loc="left")
         one.tick_params(labelsize=7)
     for one in list(axes.flat)[len(shown) :]:
         one.set_axis_off()
     figure.supxlabel("step", fontsize=8)
     if len(histories) > 1:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        figure.legend(*_keys(histories, plt), loc="outside upper left", ncols=4)
     return figure
 
 
@@ -194,14 +227,19 @@ def _gap(histories: Sequence[History], plt: Any) -> Any:
             steps, values = history.scalars[name]
             style = {"val/loss": "--"}.get(name, "-")
             one = axes[1] if name.startswith("drift") else axes[0]
-            label = _plain(f"{history.name}: {name}" if len(histories) > 1 else name)
-            one.plot(steps, values, style, color=colour, label=label, linewidth=1.2)
-    for one, title in zip(axes, ("loss", "train/eval gap"), strict=True):
+            one.plot(steps, values, style, color=colour, linewidth=1.2)
+    for one, title in zip(axes, ("loss: training, and dashed validation", "train/eval gap"), strict=True):
         one.set_xlabel("step")
         one.set_ylabel(title)
-        if one.get_legend_handles_labels()[0]:
-            one.legend(fontsize=7)
+    if len(histories) > 1:
+        figure.legend(*_keys(histories, plt), loc="outside upper left", ncols=3, fontsize=7)
     return figure
+
+
+def _keys(histories: Sequence[History], plt: Any) -> tuple[list[Any], list[str]]:
+    """Give a line and a name of each run, for a legend."""
+    lines = [plt.Line2D([], [], color=_COLOURS[index % len(_COLOURS)]) for index in range(len(histories))]
+    return lines, [_plain(history.name) for history in histories]
 
 
 def _plain_numbers(*axes: Any) -> None:

@@ -2,12 +2,13 @@
 
 const state = { measure: null, stat: "median", cell: null };
 const maps = [];
+const BAR_ROOM = 84; // beside the longest bar, for its value
+const MOST_LANES = 4;
 
 class Heatmap {
   constructor(run, index) {
     this.run = run;
     this.index = index;
-    this.gap = gapOf(run);
     this.rowHeight = Math.min(24, Math.max(3, Math.floor(520 / Math.max(run.layers.length, 1))));
     const height = this.rowHeight * run.layers.length;
     this.canvas = make("canvas", {});
@@ -47,33 +48,15 @@ class Heatmap {
     this.cells.addEventListener("blur", () => leaveCell());
   }
 
-  // The range of measurements that each device pixel shows; none where the run made none near it.
-  columns(width) {
-    const { steps } = this.run;
-    const found = new Int32Array(2 * width).fill(-1);
-    for (let t = 0; t < steps.length; t++) {
-      const before = t ? Math.max((steps[t - 1] + steps[t]) / 2, steps[t] - this.gap) : steps[t] - this.gap / 2;
-      const after = t + 1 < steps.length ? Math.min((steps[t] + steps[t + 1]) / 2, steps[t] + this.gap) : steps[t] + this.gap / 2;
-      const first = Math.max(0, Math.floor(this.toX(before, width) + 0.01));
-      const last = Math.min(width - 1, Math.max(first, Math.ceil(this.toX(after, width) - 0.01) - 1));
-      for (let x = first; x <= last; x++) {
-        if (found[2 * x] < 0) found[2 * x] = t;
-        found[2 * x + 1] = t;
-      }
-    }
-    return found;
-  }
-
-  toX(step, width) {
-    return ((step - domain[0]) / (domain[1] - domain[0])) * width;
-  }
-
   async draw() {
     const width = Math.max(1, Math.round(this.cells.clientWidth * devicePixelRatio));
     const height = Math.max(1, Math.round(this.cells.clientHeight * devicePixelRatio));
     const key = state.measure.key + STATS[state.stat];
     this.grid = (await grid(this.run, key)) || (await grid(this.run, state.measure.key));
-    this.columnsOf = this.columns(width);
+    this.isOnce = this.grid?.times.length === 1;
+    this.cells.classList.toggle("once", this.isOnce);
+    this.columns = columnsOf(this.grid, width);
+    const barWidth = Math.max(1, width - BAR_ROOM * devicePixelRatio);
     const colours = ramp();
     const rows = this.run.layers.length;
     const image = new ImageData(width, Math.max(rows, 1));
@@ -81,7 +64,7 @@ class Heatmap {
       for (let x = 0; x < width; x++) {
         const t = this.worstAt(row, x);
         const place = t < 0 ? NaN : share(state.measure, this.grid.at(row, t));
-        if (Number.isNaN(place)) continue;
+        if (Number.isNaN(place) || (this.isOnce && x > Math.max(place * barWidth, 2))) continue;
         const [r, g, b] = colours[Math.round(place * 255)];
         image.data.set([r, g, b, 255], 4 * (row * width + x));
       }
@@ -91,18 +74,21 @@ class Heatmap {
     Object.assign(this.canvas, { width, height });
     const context = this.canvas.getContext("2d");
     context.imageSmoothingEnabled = false;
-    const line = this.rowHeight >= 9 ? devicePixelRatio : 0;
+    const line = this.rowHeight >= 9 ? Math.round(devicePixelRatio) : 0;
+    context.fillStyle = css("--page");
     const size = height / Math.max(rows, 1);
     for (let row = 0; row < rows; row++) {
-      context.drawImage(flat, 0, row, width, 1, 0, Math.round(row * size), width, Math.max(1, Math.round((row + 1) * size) - Math.round(row * size) - line));
+      const [top, next] = [Math.round(row * size), Math.round((row + 1) * size)];
+      context.drawImage(flat, 0, row, width, 1, 0, top, width, Math.max(1, next - top - line));
+      context.fillRect(0, next - line, width, line);
     }
-    this.cells.setAttribute("aria-label", `${this.run.name}: ${state.measure.title}, ${rows} layers over ${this.run.steps.length} measurements. Arrow keys move, Enter opens the layer.`);
+    this.cells.setAttribute("aria-label", `${this.run.name}: ${state.measure.title}, ${rows} layers over ${this.grid?.times.length ?? 0} measurements. Arrow keys move, Enter opens the layer.`);
     this.drawMarks();
   }
 
   // The worst measurement under a device pixel: what is coloured is what is said.
   worstAt(row, x) {
-    const [first, last] = [this.columnsOf[2 * x], this.columnsOf[2 * x + 1]];
+    const [first, last] = [this.columns[2 * x], this.columns[2 * x + 1]];
     let best = first;
     for (let t = first + 1; t <= last; t++) {
       if (badness(state.measure, this.grid.at(row, t)) > badness(state.measure, this.grid.at(row, best))) best = t;
@@ -113,26 +99,53 @@ class Heatmap {
   drawMarks() {
     const width = this.cells.clientWidth;
     const marks = [make("line", { x1: 0, x2: width, y1: 0.5, y2: 0.5, class: "gridline" })];
+    this.vertical = make("line", { class: "cursor", visibility: "hidden", y1: 0, y2: this.cells.clientHeight });
+    this.box = make("rect", { class: "cell", visibility: "hidden" });
+    this.axis.previousSibling.textContent = this.isOnce ? "" : "step";
+    const rings = this.isOnce ? this.markBars(marks, width) : this.markSteps(marks, width);
+    this.axis.replaceChildren(...marks);
+    this.overlay.replaceChildren(...rings, this.vertical, this.box);
+  }
+
+  // Of a measurement that is alone: a bar a layer, and its value.
+  markBars(marks, width) {
+    const [t] = this.grid.times;
+    marks.push(make("text", { x: 0, y: 16 }, `measured once, at step ${thousands(this.run.steps[t])}`));
+    this.axis.setAttribute("height", 22);
+    return this.rowHeight < 12 ? [] : this.run.layers.flatMap((_, row) => {
+      const value = this.grid.at(row, t);
+      const x = (share(state.measure, value) || 0) * (width - BAR_ROOM) + 8;
+      return Number.isNaN(value) ? [] : [make("text", { x, y: (row + 0.5) * this.rowHeight + 3.5 }, say(value))];
+    });
+  }
+
+  // Ticks, and the alarms below them: those too near to each other to tell apart stand in lanes.
+  markSteps(marks, width) {
     for (const x of ticks(domain[0], domain[1], width / 90).filter((x) => x >= domain[0])) {
-      const at = this.toX(x, width);
+      const at = placeOf(x, width);
       const anchor = at < 16 ? "start" : at > width - 20 ? "end" : "middle";
       marks.push(make("line", { x1: at, x2: at, y1: 0, y2: 4, class: "gridline" }), make("text", { x: at, y: 16, "text-anchor": anchor }, thousands(x)));
     }
     const rings = [];
+    const lanes = [];
     for (const alarm of this.run.alarms) {
-      const x = this.toX(alarm.step, width);
+      const x = placeOf(alarm.step, width);
+      const free = lanes.findIndex((last) => x - last >= 11);
+      const lane = free >= 0 ? free : Math.min(lanes.length, MOST_LANES - 1);
+      lanes[lane] = x;
+      const y = 22 + 12 * lane;
       const own = alarm.measure === state.measure.key;
       const raised = alarm.state === "raised";
-      const shape = raised ? `M${x} 22l5 9h-10z` : `M${x - 4} 27a4 4 0 1 0 8 0a4 4 0 1 0 -8 0`;
+      const shape = raised ? `M${x} ${y}l5 9h-10z` : `M${x - 4} ${y + 5}a4 4 0 1 0 8 0a4 4 0 1 0 -8 0`;
       marks.push(make("path", { d: shape, class: `alarm ${alarm.state}${own ? "" : " other"}` }, make("title", {}, `step ${thousands(alarm.step)}: ${alarm.message}`)));
       const row = this.run.layers.findIndex((layer) => layer.name === alarm.layer);
-      if (own && raised && row >= 0) rings.push(make("circle", { cx: x, cy: (row + 0.5) * this.rowHeight, r: 6, class: "ring" }));
+      if (own && raised && row >= 0) {
+        const place = { cx: x, cy: (row + 0.5) * this.rowHeight, r: 6 };
+        rings.push(make("circle", { ...place, class: "halo" }), make("circle", { ...place, class: "ring" }));
+      }
     }
-    this.axis.setAttribute("height", 36);
-    this.axis.replaceChildren(...marks);
-    this.vertical = make("line", { class: "cursor", visibility: "hidden", y1: 0, y2: this.cells.clientHeight });
-    this.box = make("rect", { class: "cell", visibility: "hidden" });
-    this.overlay.replaceChildren(...rings, this.vertical, this.box);
+    this.axis.setAttribute("height", 24 + 12 * Math.max(lanes.length, 1));
+    return rings;
   }
 
   point(event, pinned) {
@@ -145,8 +158,10 @@ class Heatmap {
   }
 
   key(event) {
+    if (!this.grid?.times.length) return;
+    const { times } = this.grid;
     const { row, t } = this.last || { row: 0, t: this.run.steps.length - 1 };
-    const far = Math.max(1, Math.round(this.run.steps.length / 20));
+    const far = Math.max(1, Math.round(times.length / 20));
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [0, -far], PageDown: [0, far], Home: [0, -1e9], End: [0, 1e9] };
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
@@ -154,12 +169,14 @@ class Heatmap {
     } else if (moves[event.key]) {
       event.preventDefault();
       const [down, right] = moves[event.key];
-      this.select({ row: Math.min(this.run.layers.length - 1, Math.max(0, row + down)), t: Math.min(this.run.steps.length - 1, Math.max(0, t + right)) }, true);
+      this.select({ row: Math.min(this.run.layers.length - 1, Math.max(0, row + down)), t: times[Math.min(times.length - 1, Math.max(0, nearest(times, t) + right))] }, true);
     }
   }
 
-  select({ row, t }, spoken, event = null) {
-    if (!this.grid || t < 0) return;
+  // Select the measurement of a layer that is nearest to one.
+  select({ row, t: wanted }, spoken, event = null) {
+    if (!this.grid?.times.length || row < 0) return;
+    const t = this.grid.times[nearest(this.grid.times, wanted)];
     this.last = { row, t };
     state.cell = { map: this, run: this.run, row, t, channel: this.grid.channel(row, t) };
     const layer = this.run.layers[row];
@@ -182,20 +199,21 @@ class Heatmap {
   // Frame a cell by the layer's name and the step, in every run.
   frame(name, step) {
     const row = this.run.layers.findIndex((layer) => layer.name === name);
-    const t = nearest(this.run.steps, step);
-    if (!this.box || row < 0 || t < 0) return;
+    if (!this.box || row < 0 || !this.grid?.times.length) return;
     const width = this.cells.clientWidth;
-    const left = this.toX(this.run.steps[t] - this.gap / 2, width);
-    const size = Math.max(3, this.toX(this.run.steps[t] + this.gap / 2, width) - left);
+    const at = this.grid.steps[nearest(this.grid.steps, step)];
+    const gap = gapOf(this.grid);
+    const left = this.isOnce ? 0 : placeOf(at - gap / 2, width);
+    const size = this.isOnce ? width : Math.max(3, placeOf(at + gap / 2, width) - left);
     const place = { x: left, y: row * this.rowHeight, width: size, height: this.rowHeight, visibility: "visible" };
     for (const [name_, value] of Object.entries(place)) this.box.setAttribute(name_, value);
   }
 
   showCursor(step) {
     if (!this.vertical) return;
-    this.vertical.setAttribute("visibility", step === null ? "hidden" : "visible");
+    this.vertical.setAttribute("visibility", step === null || this.isOnce ? "hidden" : "visible");
     if (step === null) return this.box.setAttribute("visibility", "hidden");
-    const x = this.toX(step, this.cells.clientWidth);
+    const x = placeOf(step, this.cells.clientWidth);
     this.vertical.setAttribute("x1", x);
     this.vertical.setAttribute("x2", x);
   }
@@ -207,14 +225,7 @@ function leaveCell() {
 }
 
 function showTip(text, event, map, row, t) {
-  const tip = document.getElementById("tip");
-  const [first, ...rest] = text;
-  tip.replaceChildren(make("b", {}, first), ...rest.map((line) => make("span", {}, line)));
-  tip.hidden = false;
   const box = map.cells.getBoundingClientRect();
-  const x = event ? event.clientX : box.left + map.toX(map.run.steps[t], box.width);
-  const y = event ? event.clientY : box.top + (row + 0.5) * map.rowHeight;
-  const width = document.documentElement.clientWidth;
-  tip.style.left = `${Math.max(8, Math.min(x + 16, width - tip.offsetWidth - 8))}px`;
-  tip.style.top = `${y + 18 + tip.offsetHeight > innerHeight ? y - tip.offsetHeight - 14 : y + 18}px`;
+  const x = event ? event.clientX : box.left + placeOf(map.run.steps[t], box.width);
+  putTip(text, x, event ? event.clientY : box.top + (row + 0.5) * map.rowHeight);
 }

@@ -39,40 +39,56 @@ async function fillOverview() {
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, canvas.width, canvas.height);
     const width = Math.floor((canvas.width - 3 * (DATA.runs.length - 1)) / DATA.runs.length);
-    let worst = NaN;
+    let all = null;
     for (const [index, run] of DATA.runs.entries()) {
       const values = await grid(run, measure.key);
       if (!values || !run.steps.length) continue;
-      const [image, found] = miniature(measure, run, values, width, canvas.height);
-      context.putImageData(image, index * (width + 3), 0);
-      if (!(badness(measure, found) <= badness(measure, worst))) worst = found;
+      context.putImageData(miniature(measure, run, values, width, canvas.height), index * (width + 3), 0);
+      all = summary(measure, run, values, all);
     }
-    tab.querySelector(".value").textContent = Number.isNaN(worst) ? "not measured" : `worst ${say(worst)}${unit(measure)}`;
+    const said = all && `${say(all.worst)}${unit(measure)}`;
+    const isConstant = all?.low === all?.high;
+    tab.querySelector(".value").textContent = !all || Number.isNaN(all.worst) ? "not measured" : isConstant ? `always ${said}` : `worst ${said}`;
+    tab.classList.toggle("quiet", !all || !(share(measure, all.worst) > 0.01));
     tab.classList.toggle("beyond", DATA.runs.some((run) => run.alarms.some((alarm) => alarm.measure === measure.key && alarm.state === "raised")));
   }));
 }
 
-// The worst of all that falls on a pixel, and the worst of all.
-function miniature(measure, run, values, width, height) {
+// The worst of all that falls on a pixel.
+function miniature(measure, run, grid, width, height) {
   const image = new ImageData(width, height);
   const colours = ramp();
-  const [rows, times] = [run.layers.length, run.steps.length];
-  let worst = NaN;
+  const rows = run.layers.length;
+  const columns = columnsOf(grid, width);
   for (let y = 0; y < height; y++) {
-    const [r0, r1] = [Math.floor((y * rows) / height), Math.max(Math.floor((y * rows) / height) + 1, Math.floor(((y + 1) * rows) / height))];
+    const r0 = Math.floor((y * rows) / height);
+    const r1 = Math.max(r0 + 1, Math.floor(((y + 1) * rows) / height));
     for (let x = 0; x < width; x++) {
-      const [t0, t1] = [Math.floor((x * times) / width), Math.max(Math.floor((x * times) / width) + 1, Math.floor(((x + 1) * times) / width))];
       let found = NaN;
       for (let row = r0; row < r1; row++) {
-        for (let t = t0; t < t1; t++) {
-          const value = values.at(row, t);
-          if (!(badness(measure, value) <= badness(measure, found))) found = value;
-        }
+        for (let t = columns[2 * x]; t >= 0 && t <= columns[2 * x + 1]; t++) found = worse(measure, found, grid.at(row, t));
       }
-      if (Number.isNaN(found)) continue;
-      if (!(badness(measure, found) <= badness(measure, worst))) worst = found;
-      image.data.set([...colours[Math.round(share(measure, found) * 255)], 255], 4 * (y * width + x));
+      if (!Number.isNaN(found)) image.data.set([...colours[Math.round(share(measure, found) * 255)], 255], 4 * (y * width + x));
     }
   }
-  return [image, worst];
+  return image;
+}
+
+function worse(measure, a, b) {
+  return badness(measure, b) > badness(measure, a) ? b : a;
+}
+
+// What all values are together: the worst, and whether there is but one.
+function summary(measure, run, grid, before) {
+  const found = before || { worst: NaN, low: Infinity, high: -Infinity };
+  for (const t of grid.times) {
+    for (let row = 0; row < run.layers.length; row++) {
+      const value = grid.at(row, t);
+      if (Number.isNaN(value)) continue;
+      found.worst = worse(measure, found.worst, value);
+      found.low = Math.min(found.low, value);
+      found.high = Math.max(found.high, value);
+    }
+  }
+  return found;
 }

@@ -60,19 +60,19 @@ function drawGap() {
   if (!box) return;
   const series = (name, extra = {}) => DATA.runs.flatMap((run, index) => {
     const points = run.scalars[name];
-    return points ? [{ name: extra.label || run.name, xs: points[0], ys: points[1].map((v) => v ?? NaN), run: extra.colour ?? index, dashed: extra.dashed }] : [];
+    return points ? [{ xs: points[0], ys: points[1].map((v) => v ?? NaN), run: index, dashed: extra.dashed }] : [];
   });
   const several = DATA.runs.length > 1;
-  const label = (run, kind) => (several ? `${run.name} ${kind}` : kind);
   const losses = ["train/loss", "val/loss"].flatMap((name, i) => series(name, { dashed: i === 1 }).map((one) =>
-    ({ ...one, name: label(DATA.runs[one.run], name), run: several ? one.run : i })));
-  const figures = [losses.length ? lineChart({ title: "Loss", series: losses, wide: true }) : null];
+    (several ? one : { ...one, name, run: i })));
+  const kinds = several && losses.some((one) => one.dashed) ? "train/loss, and dashed val/loss" : "";
+  const figures = [losses.length ? lineChart({ title: "Loss", unitText: kinds, series: losses, wide: true }) : null];
   for (const measure of DATA.model) {
     const [title, ...more] = measure.title.split(": ");
     const unitText = [measure.unit, more.join(": ")].filter(Boolean).join(" · ");
     figures.push(lineChart({ title: sentence(title), unitText, series: series(`drift/model/${measure.key}`), limit: measure.limit, healthy: 0, wide: true }));
   }
-  box.replaceChildren(...figures.filter(Boolean));
+  box.replaceChildren(...runKeys(), ...figures.filter(Boolean));
 }
 
 function showAlarms() {

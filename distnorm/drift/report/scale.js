@@ -72,7 +72,6 @@ function badness(measure, value) {
 
 function css(name) {
   const probe = document.getElementById("tip");
-  probe.style.setProperty("--probe", `var(${name})`);
   probe.style.outlineColor = `var(${name})`;
   const colour = getComputedStyle(probe).outlineColor;
   probe.style.outlineColor = "";

@@ -12,7 +12,7 @@ import numpy as np
 from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Measure
 from distnorm.drift.history import History
 from distnorm.drift.report.verdict import Verdict, number, open_alarms, verdict
-from distnorm.drift.report.worst import badness, layers_beyond, measures_of, worst
+from distnorm.drift.report.worst import badness, constant, is_healthy, layers_beyond, measures_of, worst
 from distnorm.errors import DistNormError
 from distnorm.spec import NormSpec
 
@@ -51,8 +51,12 @@ def comparison(histories: Sequence[History]) -> str:
     rows = [[_named(m), *(_worst_cell(history, m) for history in histories)] for m in shown if m.limit]
     rest = [[_named(m), *(_worst_cell(history, m) for history in histories)] for m in shown if not m.limit]
     rows += [
-        [f"{name}, last", *(_last(history, name) for history in histories)]
-        for name in ("val/loss", "train/loss", "drift/model/gap")
+        [f"{title}, last", *(_last(history, name) for history in histories)]
+        for name, title in (
+            ("val/loss", "val/loss"),
+            ("train/loss", "train/loss"),
+            ("drift/model/gap", "train/eval gap"),
+        )
         if any(name in history.scalars for history in histories)
     ]
     more = f"<details><summary>{len(rest)} measures without a limit</summary>" if rest else ""
@@ -120,7 +124,9 @@ def _named(measure: Measure) -> str:
     return _text(_heading(measure))
 
 
-def _cell(value: float, *, is_beyond: bool, layer: str = "") -> str:
+def _cell(value: float, measure: Measure, *, is_beyond: bool, layer: str = "") -> str:
+    if not is_beyond and is_healthy(value, measure):
+        return f'<td class="quiet">{number(value)}</td>'
     mark = ' class="beyond"' if is_beyond else ""
     return f"<td{mark}>{number(value)}{f' <span>{_text(layer)}</span>' if layer else ''}</td>"
 
@@ -130,7 +136,7 @@ def _worst_cell(history: History, measure: Measure) -> str:
     if found is None:
         return "<td>–</td>"
     is_beyond = measure.limit is not None and layers_beyond(history.values[measure.key], measure.limit).any()
-    return _cell(found[0], is_beyond=bool(is_beyond), layer=history.layers[found[1]].name)
+    return _cell(found[0], measure, is_beyond=bool(is_beyond), layer=history.layers[found[1]].name)
 
 
 def _last(history: History, name: str) -> str:
@@ -158,8 +164,12 @@ def _layers(history: History, *, named: bool) -> str:
     if not shown or not len(history.steps):
         return '<p class="dim">Nothing was measured.</p>'
     order = _order(history, shown)
-    head = ["Layer", *map(_heading, shown)]
     beyond = {m.key: layers_beyond(history.values[m.key], m.limit) for m in shown if m.limit}
+    same = {m.key: constant(history.values[m.key]) for m in shown if not beyond.get(m.key, np.zeros(1)).any()}
+    folded = [f"{_text(m.title)}: {number(value)}" for m in shown if (value := same.get(m.key)) is not None]
+    note = f'<p class="note">The same in all layers throughout. {"; ".join(folded)}.</p>' if folded else ""
+    shown = [m for m in shown if same.get(m.key) is None]
+    head = ["Layer", *map(_heading, shown)]
     rows = [
         [_text(history.layers[row].name), *(_layer_cell(history, m, row, beyond.get(m.key)) for m in shown)]
         for row in order
@@ -169,7 +179,8 @@ def _layers(history: History, *, named: bool) -> str:
     if len(rows) > _ROWS:
         rest = _table(f"{caption}: the rest", head, rows[_ROWS:])
         more = f"<details><summary>{len(rows) - _ROWS} more layers</summary>{rest}</details>"
-    return (f"<h3>{_text(history.name)}</h3>" if named else "") + _table(caption, head, rows[:_ROWS]) + more
+    title = f"<h3>{_text(history.name)}</h3>" if named else ""
+    return title + (_table(caption, head, rows[:_ROWS]) + more if shown else "") + note
 
 
 def _layer_cell(history: History, measure: Measure, row: int, beyond_L: Any) -> str:
@@ -177,7 +188,7 @@ def _layer_cell(history: History, measure: Measure, row: int, beyond_L: Any) -> 
     if np.isnan(values).all():
         return "<td>–</td>"
     value = float(values[badness(values, measure).argmax()])
-    return _cell(value, is_beyond=beyond_L is not None and bool(beyond_L[row]))
+    return _cell(value, measure, is_beyond=beyond_L is not None and bool(beyond_L[row]))
 
 
 def _order(history: History, shown: Sequence[Measure]) -> list[int]:

@@ -32,6 +32,23 @@ def badness(values: NDArray[np.float64], measure: Measure) -> NDArray[np.float64
     return np.where(np.isnan(bad), -np.inf, bad)
 
 
+def is_healthy(value: float, measure: Measure) -> bool:
+    """Tell whether a value is on the good side of `healthy`, or within a hundredth of the measure's span of it."""
+    if measure.healthy > 0 and value > 0:
+        way = np.log(value / measure.healthy) / np.log(measure.span / measure.healthy)
+    else:
+        way = (value - measure.healthy) / (measure.span - measure.healthy)
+    return bool((abs(way) if measure.key in TWO_SIDED else way) <= 0.01)
+
+
+def constant(values_LT: NDArray[np.float64]) -> float | None:
+    """Give the value that a measure has in all layers throughout, to three digits; `None` if it varies."""
+    known = values_LT[~np.isnan(values_LT)]
+    if not known.size or not np.isfinite(known).all() or np.ptp(known) > 5e-4 * np.abs(known).max():
+        return None
+    return float(known[0])
+
+
 def layers_beyond(values_LT: NDArray[np.float64], limit: Limit) -> NDArray[np.bool_]:
     """Tell which layers [L] were beyond a limit as many times in a row as its alarm wants."""
     return np.array([_longest(_beyond(row[~np.isnan(row)], limit)) >= limit.times for row in values_LT], dtype=bool)
