@@ -140,12 +140,21 @@ def _bars(one: Any, history: History, measure: Measure, is_made_T: NDArray[np.bo
     values_L = history.values[measure.key][:, at]
     known = np.where(np.isfinite(values_L), values_L, measure.healthy)
     rows = np.arange(len(known))
-    bars = one.barh(rows, known - measure.healthy, left=measure.healthy, color=colours.to_rgba(known))
+    one.barh(
+        rows,
+        known - measure.healthy,
+        left=measure.healthy,
+        color=colours.to_rgba(known),
+        edgecolor="#888888",
+        linewidth=0.5,
+    )
     if len(known) <= _MOST_LABELS:
-        one.bar_label(bars, [f"{value:.3g}" if np.isfinite(value) else "" for value in values_L], padding=4, fontsize=7)
+        for row, value in zip(rows, values_L, strict=True):
+            text, place = f"{value:.3g}" if np.isfinite(value) else "–", max(known[row], measure.healthy)
+            one.annotate(text, (place, row), (4, 0), textcoords="offset points", va="center", fontsize=7)
     one.axvline(measure.healthy, color="#888888", linewidth=0.8)
     one.set_ylim(-0.5, len(known) - 0.5)
-    ends = (measure.healthy, measure.span, known.min(), known.max())
+    ends = (colours.norm.vmin, colours.norm.vmax, known.min(), known.max())
     room = 0.1 * (max(ends) - min(ends))
     one.set_xlim(min(ends) - room, max(ends) + room)
     one.set_xlabel(f"{measure.unit or 'value'}, measured once, at step {history.steps[at]}")
