@@ -129,7 +129,8 @@ function lineChart({ title, unitText = "", series, limit = null, healthy = null,
   function rest() {
     const named = series.filter((one) => !one.faint && one.name).map((one) =>
       make("span", { class: `key run-${one.run % 6}${one.dashed ? " dashed" : ""}` }, one.name));
-    now.replaceChildren(...(named.length > 1 ? named : [unitText]));
+    const once = series.every((one) => one.ys.length === 1);
+    now.replaceChildren(...(named.length > 1 ? named : [unitText]), ...(once ? series.filter((one) => !one.faint).map((one) => value(one, 0)) : []));
   }
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from distnorm.drift.catalogue import Measure
 from distnorm.drift.history import History
-from distnorm.drift.report.worst import measures_of
+from distnorm.drift.report.worst import TWO_SIDED, badness, measures_of
 from distnorm.errors import ConfigError
 
 # Okabe & Ito's colours, that colour-blind readers tell apart
@@ -94,8 +94,10 @@ def _map(histories: Sequence[History], measure: Measure, plt: Any, mpl: Any) -> 
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     low, high = sorted((measure.healthy, measure.span))
     is_log = measure.healthy > 0 and high / low > 5
+    if measure.key in TWO_SIDED:
+        low, is_log = measure.healthy**2 / high, True
     norm = (mpl.colors.LogNorm if is_log else mpl.colors.Normalize)(low, high)
-    name = "magma_r" if measure.span > measure.healthy else "magma"
+    name = "PuOr" if measure.key in TWO_SIDED else "magma_r" if measure.span > measure.healthy else "magma"
     colours = mpl.cm.ScalarMappable(norm, mpl.colormaps[name].with_extremes(bad="#e8e8e8"))
     for one, history in zip(axes.flat, histories, strict=False):
         is_made = np.asarray(np.isfinite(history.values[measure.key]).any(axis=0))
@@ -138,12 +140,21 @@ def _bars(one: Any, history: History, measure: Measure, is_made_T: NDArray[np.bo
     values_L = history.values[measure.key][:, at]
     known = np.where(np.isfinite(values_L), values_L, measure.healthy)
     rows = np.arange(len(known))
-    bars = one.barh(rows, known - measure.healthy, left=measure.healthy, color=colours.to_rgba(known))
+    one.barh(
+        rows,
+        known - measure.healthy,
+        left=measure.healthy,
+        color=colours.to_rgba(known),
+        edgecolor="#888888",
+        linewidth=0.5,
+    )
     if len(known) <= _MOST_LABELS:
-        one.bar_label(bars, [f"{value:.3g}" if np.isfinite(value) else "" for value in values_L], padding=4, fontsize=7)
+        for row, value in zip(rows, values_L, strict=True):
+            text, place = f"{value:.3g}" if np.isfinite(value) else "–", max(known[row], measure.healthy)
+            one.annotate(text, (place, row), (4, 0), textcoords="offset points", va="center", fontsize=7)
     one.axvline(measure.healthy, color="#888888", linewidth=0.8)
     one.set_ylim(-0.5, len(known) - 0.5)
-    ends = (measure.healthy, measure.span, known.min(), known.max())
+    ends = (colours.norm.vmin, colours.norm.vmax, known.min(), known.max())
     room = 0.1 * (max(ends) - min(ends))
     one.set_xlim(min(ends) - room, max(ends) + room)
     one.set_xlabel(f"{measure.unit or 'value'}, measured once, at step {history.steps[at]}")
@@ -164,10 +175,8 @@ def _lines(histories: Sequence[History], shown: Sequence[Measure], plt: Any) -> 
     for one, measure in zip(axes.flat, shown, strict=False):
         for index, history in enumerate(histories):
             if _is_measured(history, measure):
-                worst = np.min if measure.span < measure.healthy else np.max
                 values_LT = history.values[measure.key]
-                fill = np.inf if measure.span < measure.healthy else -np.inf
-                values = worst(np.where(np.isnan(values_LT), fill, values_LT), axis=0)
+                values = np.take_along_axis(values_LT, badness(values_LT, measure).argmax(0)[None], 0)[0]
                 kept = np.isfinite(values)
                 colour = _COLOURS[index % len(_COLOURS)]
                 marker = "." if kept.sum() == 1 else "None"
