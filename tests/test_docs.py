@@ -29,5 +29,22 @@ def test_the_links_lead_somewhere(page):
 
 def test_every_measure_is_explained():
     page = (ROOT / "docs" / "drift.md").read_text()
-    rows = re.findall(r"^\| `(\w+)`", page, re.MULTILINE)
+    chapter = page[page.index("## The measures") : page.index("## The record")]
+    rows = re.findall(r"^\| `(\w+)`", chapter, re.MULTILINE)
     assert sorted(rows) == sorted(measure.key for measure in (*MEASURES, *OF_THE_MODEL))
+
+
+def test_the_limits_are_the_catalogues():
+    page = (ROOT / "docs" / "drift.md").read_text()
+    table = page[page.index("| measure | alarm |") : page.index("*Chance*")]
+    limits = {measure.key: measure.limit for measure in (*MEASURES, *OF_THE_MODEL) if measure.limit}
+    told = {}
+    for line in table.splitlines()[2:]:
+        if cells := [cell.strip() for cell in line.split("|")[1:-1]]:
+            told |= {key: cells[1:] for key in re.findall(r"`(\w+)`", cells[0])}
+    assert told.keys() == limits.keys()
+    for key, (alarm, ends, times) in told.items():
+        if key != "non_finite":
+            numbers = [float(re.search(r"[\d.]+", cell)[0]) for cell in (alarm, ends)]
+            assert (alarm.split()[0], *numbers) == (limits[key].side, limits[key].at, limits[key].clear), key
+        assert int(times.split()[0]) == limits[key].times, key

@@ -25,6 +25,7 @@ from distnorm.population import evaluation_statistics, pool_running_stats
 from distnorm.replay import again, model_of, training_forward, training_inputs
 
 _log = logging.getLogger(__name__)
+_FEWEST_FLIPS = 0.05
 _NONE = torch.full((1,), math.nan)
 
 
@@ -56,7 +57,9 @@ class Questions:
         statistics = None if self._evaluation == "running" else pool_running_stats(task.model)
         gap = train_eval_gap(task.model, batch, task.probe_loss, statistics=statistics)
         values = {"gap": gap.gap, "gap_relative": gap.relative, "flip_rate": gap.flip_rate}
-        changes = self._watch.alarms.check_model(step, values)
+        # A loss near 0 makes any gap a large one: it matters where predictions change too.
+        matters = math.isnan(gap.flip_rate) or gap.flip_rate >= _FEWEST_FLIPS
+        changes = self._watch.alarms.check_model(step, {"gap_relative": gap.relative if matters else 0.0})
         if any(change.state == "raised" for change in changes):
             shares = attribute(task.model, batch, task.probe_loss, statistics=statistics)
             self._watch.take_values(step, {"gap_share": [shares.get(name, math.nan) for name in self._watch.names]})
