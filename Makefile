@@ -19,8 +19,9 @@ test: .venv/.installed-dev  ## run all tests; ARGS="..." go to pytest
 unit: .venv/.installed-dev  ## run the quick tests
 	$(BIN)/python -m pytest -m unit $(WORKERS) $(ARGS)
 
-bench: .venv/.installed  ## time the synchronized layer against its limit; ARGS="..." go to it, e.g. --quick
+bench: .venv/.installed  ## time the synchronized layer against its limit, and the drift monitor; ARGS="--quick" to look
 	$(BIN)/python -m bench.sync_batchnorm $(ARGS)
+	$(BIN)/python -m bench.drift $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format check, types, shell scripts
 	$(BIN)/ruff check .

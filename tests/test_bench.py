@@ -1,12 +1,13 @@
 """The benchmark runs from end to end, and what it compares is the same function."""
 
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from bench import report, sync_batchnorm
+from bench import drift, report, sync_batchnorm
 from bench.layers import VARIANTS, with_norms
 from bench.rows import FORMATS, all_rows, resnet50_norms
 from bench.timing import Measurement, Spread
@@ -162,3 +163,20 @@ def test_targets(found, holds):
 def test_row_names_are_unique():
     names = [row.name for row in all_rows()]
     assert len(set(names)) == len(names) == 16
+
+
+def test_the_monitor_is_timed_against_none_in_one_training(tmp_path, capfd):
+    path = tmp_path / "drift.json"
+    drift.main(["--quick", "--json", str(path)])
+    printed = capfd.readouterr().out
+    assert (
+        len(re.findall(r"drift=(?:light|full ) / none  [\d.]+ [\d.]+ [\d.]+ · [\d.]+ .*at most 1\.0[28]", printed)) == 2
+    )
+    assert printed.endswith(f"written to {path}\n")
+    content = json.loads(path.read_text())
+    assert [kind for kind, _, _ in content["ms_a_step"]] == ["none", "light", "full", "light", "full", "none"]
+    assert content["environment"]["ranks"] == 2
+    assert content["limits"] == {"light": 1.02, "full": 1.08}
+    took = {kind: wall for kind, wall, _ in content["ms_a_step"][3:]}
+    for kind, (low, median, high) in content["ratios"]["wall_s"].items():
+        assert low == median == high == pytest.approx(took[kind] / took["none"], rel=1e-3)

@@ -41,7 +41,7 @@ def test_the_limits_are_the_catalogues():
     told = {}
     for line in table.splitlines()[2:]:
         if cells := [cell.strip() for cell in line.split("|")[1:-1]]:
-            told |= {key: cells[1:] for key in re.findall(r"`(\w+)`", cells[0])}
+            told |= dict.fromkeys(re.findall(r"`(\w+)`", cells[0]), cells[1:])
     assert told.keys() == limits.keys()
     for key, (alarm, ends, times) in told.items():
         if key != "non_finite":

@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,13 +96,24 @@ def test_the_main_job_reaches_97_percent_and_leaves_a_whole_folder(tmp_path):
     assert len(result["code_hash"]) == 16
     assert result["worst_drift"]["layer"] in (run.path / "decision.txt").read_text()
 
-    from distnorm.drift import wandb_file
+    from distnorm.drift import history, wandb_file
 
-    in_file = wandb_file.read(next(run.path.glob("wandb/offline-run-*/run-*.wandb")))
+    in_file_path = next(run.path.glob("wandb/offline-run-*/run-*.wandb"))
+    in_file = wandb_file.read(in_file_path)
     logged = in_file.rows
     names = {name for row in logged for name in row}
-    expected = {f"drift/{layer}/{key}" for layer in LAYERS for key in ("jeffreys", "between_ranks")}
+    expected = {f"drift/worst/{key}" for key in ("jeffreys", "between_ranks", "lag", "effective_samples")}
     assert expected | {"train/loss", "val/loss", "val/accuracy", "test/accuracy", "lr"} <= names
+    shown = {name.split("/")[1] for name in names if re.fullmatch(r"drift/[^/]+/(jeffreys|lag)", name)} - {"worst"}
+    assert shown <= set(LAYERS)
+    assert len(shown) >= 5
+    assert (result["alarms"], result["stopped_by_alarm"]) == ([], False)
+    drift, same = history.read(run.path), history.read(in_file_path.parent)
+    assert sorted(layer.name for layer in drift.layers) == sorted(LAYERS)
+    assert drift.steps.tolist() == same.steps.tolist() == list(range(20, 1981, 20))
+    assert drift.values.keys() == same.values.keys()
+    for key, values in drift.values.items():
+        np.testing.assert_array_equal(values, same.values[key])
     assert in_file.config["decision_layers"][0]["name"] == "bn"
     assert in_file.config["norm"]["normalization_batch"] == 32
     in_wandb = [row["test/accuracy"] for row in logged if "test/accuracy" in row]
