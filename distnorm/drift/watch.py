@@ -64,6 +64,7 @@ class DriftWatch:
         ConfigError: a glob names no watched layer, or `kind`, `interval` or `on_alarm` are none of those.
 
     Example:
+        >>> import torch
         >>> events = []
         >>> class Sink:
         ...     take = staticmethod(events.append)
