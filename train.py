@@ -34,10 +34,11 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     channels = [layer.num_features for _, layer in normalization_layers(model)]
     conversion = convert(model, settings.decide(ranks.world_size, ranks.per_node, channels))
     spec = conversion.spec
+    drift = DriftMonitor(**settings.drift.model_dump(), evaluation=spec.evaluation)
+    drift.check(model)
     report.announce(settings, ranks, run, data, conversion)
 
     throughput = Throughput(settings.device_batch * ranks.world_size)
-    drift = DriftMonitor(**settings.drift.model_dump(), evaluation=spec.evaluation)
     callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]

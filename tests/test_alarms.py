@@ -89,6 +89,11 @@ def test_what_chance_alone_may_do_is_not_alarming(num_ranks, at):
     assert [*measures(num_ranks)] == [*BY_KEY]
 
 
+def test_the_layer_that_stayed_beyond_is_named_and_not_one_that_passed_by():
+    ((_, alarm),) = told("between_ranks", [[3.0, 1.0, 1.0]] * 2 + [[3.0, 9.0, 1.0]])
+    assert (alarm.layer, alarm.value) == ("conv1.norm", 3.0)
+
+
 def test_silent_measures_and_unknown_ones_raise_nothing():
     assert told("lag", [[9.0] * 3] * 9, silent=("lag",)) == []
     assert told("of somebody else", [[9.0] * 3] * 9) == []

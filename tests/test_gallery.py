@@ -21,7 +21,7 @@ ALARMS = {  # the guide's own words: measure, layers that may be the worst, what
     "dead": ("dead_relus", r"stages\.2\.0\..*", "task.warmup_fraction"),
     "domain": ("shift", r"stages\..*", "distnorm calibrate"),
 }
-SHORT = {"sorted": 80, "small": 220, "lagging": 200, "dead": 120, "domain": 280}
+SHORT = {"sorted": 80, "small": 260, "lagging": 200, "dead": 120, "domain": 280}
 
 
 def trained(folder, world, *overrides):
@@ -49,7 +49,6 @@ def test_a_failure_of_the_gallery_raises_its_alarm_with_layer_and_remedy(name, t
     assert re.fullmatch(layer, raised[0].layer)
     assert f"in {raised[0].layer}" in raised[0].message
     assert remedy in raised[0].message
-    assert raised[0].message.split(" (")[0] in GUIDE or measure in GUIDE
 
 
 def test_a_healthy_training_raises_none(tmp_path):

@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from distnorm import collectives
+from distnorm import ConfigError, collectives
 from distnorm.callbacks import EvaluationStatistics
 from distnorm.drift.events import Alarm, Measurement, Snapshot, Watched
 from distnorm.drift.monitor import DriftMonitor
 from distnorm.launch.trainer import make_ddp
+from distnorm.norms import FrozenBatchNorm
 from distnorm.spec import NormSpec
 from tests import ranks
 
@@ -264,3 +265,26 @@ def test_an_alarm_ends_the_training_of_all_ranks_where_that_is_asked_for():
     assert [stopped for *_, stopped, _ in found] == [True, True]
     assert found[0][2] == found[1][2] < 40
     assert "between_ranks" in found[0][4] or "rank_spread" in found[0][4]
+
+
+class Frozen(Task):
+    """Norms that no training moves."""
+
+    def __init__(self):
+        super().__init__()
+        for place in (1, 4):
+            self.model[place] = FrozenBatchNorm(6)
+
+
+def test_constants_and_norms_of_samples_train_to_the_end_under_full():
+    memory = fit(DriftMonitor("full", 2, gap_interval=3), Frozen(), steps=20)
+    assert memory.steps == 20
+    assert not any("precise_ratio" in event.values for event in memory.of(Measurement))
+    assert all(row["drift/model/gap"] == 0 for _, row in memory.rows if "drift/model/gap" in row)
+
+
+@pytest.mark.parametrize("options", [{"gap_interval": 0}, {"probe_interval": -1}])
+def test_intervals_are_whole_numbers(options):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ConfigError, match=rf"drift.{name}={value} must be a whole number of at least 1. Use e.g. 100"):
+        DriftMonitor("full", **options)

@@ -231,7 +231,7 @@ def test_ghosts_are_measured_by_the_first_and_recurrent_layers_at_their_first_st
             )
         )
     with DriftWatch(model, [memory], interval=1, kind="full") as watch:
-        for _ in range(6):
+        for _ in range(11):
             with watch.step():
                 model[0](torch.randn(12, 3))
                 for time in range(3):

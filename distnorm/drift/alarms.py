@@ -72,6 +72,7 @@ class Alarms:
             beyond = [index for index in known if streaks[index] >= limit.times]
             if not beyond:
                 return []
+            worst = (max if limit.side == "above" else min)(beyond, key=lambda index: values[index])
             message = _in_words(title, unit, limit, values[worst], names[worst], len(beyond))
             alarm = Alarm(step, key, names[worst], float(values[worst]), limit.at, "raised", message)
             self._raised[key] = alarm

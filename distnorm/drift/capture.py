@@ -78,6 +78,8 @@ class WatchedNorm:
     def _block_size(self) -> int:
         """How many ranks share statistics in training, whatever mode the layer is in."""
         layer = self.layer
+        if isinstance(layer, nn.SyncBatchNorm) and layer.process_group is None:
+            return collectives.world_size()
         if not isinstance(layer, AbstractNormOverRanks):
             return 1
         return len(collectives.members(layer.sync_ranks, layer.group_ranks))
@@ -138,6 +140,9 @@ class WatchedNorm:
             self.reference = self.running()
         if not (self._gathers and self.layer.training):
             x, mask = _batch_of(self.layer, x, given)
+            if x.shape[1] != self.channels:  # a sample without a batch
+                self.forget()
+                return
             self.own, self.samples = Moments.of(x, mask).pack(), len(x)
             if mask is None and self.family == "running" and collectives.world_size() == 1:
                 self.apart = _halves_apart(x)
@@ -160,9 +165,13 @@ class Hooks:
 
 def watched_norms(model: nn.Module) -> Iterator[WatchedNorm]:
     """Walk the norms of a model that can be watched, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, (_BatchNorm, FrozenBatchNorm, *_OF_SAMPLES)) and _channels_of(module):
-            yield WatchedNorm(name.removeprefix("model.") or type(module).__name__, module)
+    kinds = (_BatchNorm, FrozenBatchNorm, *_OF_SAMPLES)
+    norms = {
+        name: module for name, module in model.named_modules() if isinstance(module, kinds) and _channels_of(module)
+    }
+    in_model = all(name.startswith("model.") for name in norms)  # a Lightning module's
+    for name, module in norms.items():
+        yield WatchedNorm((name.removeprefix("model.") if in_model else name) or type(module).__name__, module)
 
 
 def _hook(norm: WatchedNorm, is_wanted: Callable[[WatchedNorm], bool]) -> Any:

@@ -71,7 +71,7 @@ MEASURES: tuple[Measure, ...] = (
             "Raise norm.momentum, lower the learning rate, or use norm.evaluation=precise.")),
     Measure("effective_samples", "samples a batch is worth", "samples", "light", 100.0, 2.0,
         "about the normalization batch, or more", over_channels=True,
-        limit=Limit(20.0, 30.0, "below", 3, "too few samples share statistics",
+        limit=Limit(13.0, 16.0, "below", 3, "too few samples share statistics",
             "Raise norm.normalization_batch with norm=sync, or use norm=group_ws.")),
     Measure("rank_spread", "ranks' running statistics apart", "nats", "light", 0.0, 1.0,
         "0 where synchronized; else under 0.1", over_channels=True,

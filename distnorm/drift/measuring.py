@@ -19,8 +19,7 @@ from distnorm.drift.gathering import Caught
 from distnorm.drift.windows import Window
 from distnorm.moments import Moments
 
-FEWEST_TIMES = 5
-"""Measurements before anything is said of how a rank's numbers vary over time."""
+_FEWEST_TIMES = 5  # before anything is said of how a rank's numbers vary over time
 _RANKS_WINDOW, _GAPS_WINDOW = 25, 10
 _DIVERGENCES: dict[divergence.Kind, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "jeffreys": divergence.jeffreys,
@@ -72,6 +71,8 @@ class Measurer:
         self, by_channel: dict[str, Tensor], values: dict[str, list[float]], channels: dict[str, list[int]]
     ) -> None:
         """Median, 95th percentile, the worst channel of each measure; the worst is the smallest where less is worse."""
+        if not by_channel:  # norms of samples have no past yet
+            return
         sign = torch.tensor([-1.0 if BY_KEY[key].span < BY_KEY[key].healthy else 1.0 for key in by_channel])
         found = summary.summarize(torch.stack([*by_channel.values()]) * sign.unsqueeze(1), self._channels)
         medians, p95s, worst = (part * sign.unsqueeze(1) for part in found[:3])
@@ -92,13 +93,13 @@ class Measurer:
             self._noise.add(caught.apart.square() / var_S)
             over_time = self._noise.moments
             assert over_time is not None
-            return torch.where(over_time.count < FEWEST_TIMES, torch.nan, 1 / over_time.mean)
+            return torch.where(over_time.count < noise.FEWEST_TIMES, torch.nan, 1 / over_time.mean)
         means_RS = caught.mean.masked_fill(count_RS == 0, torch.nan)
         self._ranks_over_time.add((means_RS - means_RS.nanmean(0)) * var_S.rsqrt())
         residuals = self._ranks_over_time.moments
         assert residuals is not None
         worth_S = noise.effective_samples_of_ranks(residuals)
-        return torch.where(residuals.count.amax(0) < FEWEST_TIMES, torch.nan, worth_S)
+        return torch.where(residuals.count.amax(0) < noise.FEWEST_TIMES, torch.nan, worth_S)
 
     def _between_ranks(self, caught: Caught) -> dict[str, Tensor]:
         ranks = len(caught.mean)
@@ -158,6 +159,7 @@ class _Part:
         # A constant has no noise of its own, and neither has, in the end, a cumulative average.
         momenta = [getattr(norm.layer, "momentum", None) if norm.family == "running" else None for norm in own]
         self._momentum_S = _per_channel([float(momentum or 0.0) for momentum in momenta], self._channels)
+        self._moves_S = _per_channel([norm.family == "running" for norm in own], self._channels)
         order = sorted((rank, block) for block, ranks in enumerate(blocks) for rank in ranks)
         self._block_of_R = torch.tensor([block for _, block in order])
         self._first_R = [block[0] for block in blocks]
@@ -220,7 +222,7 @@ class _Part:
             ]
         past = self._past.moments
         self._past.add(torch.stack((mean_BS, var_BS)).masked_fill(~is_there_BS, torch.nan))
-        if past is None or float(past.count.max()) < FEWEST_TIMES:
+        if past is None or float(past.count.max()) < _FEWEST_TIMES:
             return None
         times_BS = past.count[0]
         self._momentum_S = 2 / (times_BS[0] + 1)  # of which α / (2 - α) is 1 / T
@@ -251,10 +253,11 @@ class _Part:
         gaps, variances = self._gaps.moments, self._vars.moments
         assert gaps is not None
         assert variances is not None
-        if float(gaps.count.max()) < FEWEST_TIMES:
+        if float(gaps.count.max()) < _FEWEST_TIMES:
             return {}
         momentum_S = self._momentum_S
-        found = {"lag": averages.lag(gaps, momentum_S).nanmean(0), "effective_samples": worth_BS.nanmean(0)}
+        lag_S = averages.lag(gaps, momentum_S).nanmean(0)
+        found = {"lag": lag_S.masked_fill(~self._moves_S, torch.nan), "effective_samples": worth_BS.nanmean(0)}
         if self._tier == "full":
             found |= {
                 "cv_mean": noise.cv_mean(worth_BS).nanmean(0),

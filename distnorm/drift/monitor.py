@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 
 from distnorm.drift.catalogue import BY_KEY, MEASURES
 from distnorm.drift.events import Event, Measurement
 from distnorm.drift.questions import Questions
 from distnorm.drift.shift import EvaluationShift
-from distnorm.drift.watch import DriftWatch
+from distnorm.drift.watch import DriftWatch, check_globs
+from distnorm.errors import ConfigError
 
 _RECENT = 10
 _OF_LAYERS = ("jeffreys", "between_ranks", "lag", "effective_samples")
@@ -52,6 +54,9 @@ class DriftMonitor(Callback):
         precise_samples: samples that precise statistics take, over all ranks, with which running ones are compared when
             training ends.
 
+    Raises:
+        ConfigError: `gap_interval` or `probe_interval` is below 1; in `on_fit_start` what `DriftWatch` refuses.
+
     Collective: that of `DriftWatch`. `full`: 1 gather an evaluation; every `gap_interval` those of `train_eval_gap`;
         at the end those of `against_precise`.
     """
@@ -70,6 +75,9 @@ class DriftMonitor(Callback):
         probe_interval: int | None = None,
         precise_samples: int = 1024,
     ) -> None:
+        for name, value in {"gap_interval": gap_interval, "probe_interval": probe_interval or 1}.items():
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"drift.{name}={value!r} must be a whole number of at least 1. Use e.g. 100.")
         self._options: dict[str, Any] = {"kind": kind, "interval": interval, "include": include, "exclude": exclude}
         self._options |= {"on_alarm": on_alarm, "evaluation": evaluation}
         self._kind, self._evaluation = kind, evaluation
@@ -83,6 +91,15 @@ class DriftMonitor(Callback):
         self._recent: dict[str, collections.deque[float]] = {}
         self._shift: EvaluationShift | None = None
         self._loader: Any = None  # the trainer forgets it when training ends
+
+    def check(self, model: nn.Module) -> None:
+        """Hold `include` and `exclude` against a model, before anything is started; alike on every rank.
+
+        Raises:
+            ConfigError: a glob names none of its norms.
+        """
+        if self._kind != "none":
+            check_globs(model, self._options["include"], self._options["exclude"])
 
     @property
     def worst(self) -> WorstDrift | None:
@@ -144,6 +161,8 @@ class DriftMonitor(Callback):
         """Keep the last snapshot, and let go of the layers."""
         if self._watch is not None:
             self._watch.abandon()
+        if self._shift is not None:
+            self._shift.remove()
         self._shift = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,7 +12,7 @@ from distnorm.drift.divergence import running_noise
 from distnorm.moments import Moments
 
 FEWEST_TIMES = 10
-"""Measurements before ranks are compared over time."""
+"""Measurements before ranks are compared over time, and noise is told from them."""
 _Z = 3.090  # of the standard normal distribution, exceeded with probability 0.001
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from distnorm import collectives
+from distnorm.convert import normalization_layers
 from distnorm.drift.gap import attribute, train_eval_gap
 from distnorm.drift.losses import TellsLoss
 from distnorm.drift.precise import Precise, against_precise
@@ -105,13 +106,15 @@ class Questions:
         """
         try:
             model, forward = model_of(task), training_forward(trainer, task)
+            if not _norms_of(model):
+                return
             inputs = training_inputs(trainer, task, again(loader))
-        except ConfigError as error:  # alike on all ranks
-            _log.info("Running statistics are not compared with precise ones: %s", error)
+            shared = {name: self._watch.samples.get(name.removeprefix("model."), 32) for name in _norms_of(model)}
+            with contextlib.nullcontext() if self._evaluation == "running" else evaluation_statistics(model):
+                found = against_precise(model, inputs, num_samples, forward, normalization_batch=shared)
+        except ConfigError as error:  # alike on all ranks; a training that is over is not lost for a diagnosis
+            _log.warning("Running statistics are not compared with precise ones: %s", error)
             return
-        shared = self._watch.samples
-        with contextlib.nullcontext() if self._evaluation == "running" else evaluation_statistics(model):
-            found = against_precise(model, inputs, num_samples, forward, normalization_batch=shared)
         self._watch.take_values(trainer.global_step, _values(self._watch.names, found))
 
     def _tells_loss(self, task: pl.LightningModule) -> bool:
@@ -133,6 +136,10 @@ def _values(names: list[str], found: dict[str, Precise]) -> dict[str, list[float
         parts = {"": summed.median, ".p95": summed.p95, ".max": summed.max}
         values |= {f"{key}{part}": row.tolist() for part, row in parts.items()}
     return values
+
+
+def _norms_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in normalization_layers(model)]
 
 
 def _is_trained(layer: nn.Module) -> bool:

@@ -32,7 +32,8 @@ class EvaluationShift:
 
     def __init__(self, model: nn.Module, names: Sequence[str], batches: int = _FIRST_BATCHES) -> None:
         self._names, self._batches = list(names), batches
-        self._norms = [norm for norm in watched_norms(model) if norm.name in set(names) and _has_settled(norm)]
+        self._norms = [norm for norm in watched_norms(model) if norm.family != "sample" and norm.name in set(names)]
+        self._settled = [_has_settled(norm) for norm in self._norms]
         self._moments: list[Moments | None] = [None] * len(self._norms)
         self._samples = [0] * len(self._norms)
         self._references = [norm.running() for norm in self._norms]
@@ -61,7 +62,7 @@ class EvaluationShift:
         The divergence is that of the data from the statistics, less its noise floor: the data's own, and that of a
         running average of batches as large as these.
         """
-        self._hooks.remove()
+        self.remove()
         if not self._norms:
             return None
         packed = [self._packed(index) for index in range(len(self._norms))]
@@ -73,6 +74,10 @@ class EvaluationShift:
         columns = torch.split(rows_RK.cpu(), [len(part) for part in packed], 1)
         return self._compared([Moments.unpack(column[:, :-1]).merged() for column in columns], columns)
 
+    def remove(self) -> None:
+        """Let go of the model."""
+        self._hooks.remove()
+
     def _packed(self, index: int) -> Tensor:
         norm, moments = self._norms[index], self._moments[index]
         zeros = torch.zeros(2 * norm.channels + 1, dtype=torch.float64, device=norm.device)
@@ -82,6 +87,7 @@ class EvaluationShift:
     def _compared(self, whole: list[Moments], columns: Sequence[Tensor]) -> dict[str, list[float]] | None:
         channels = [norm.channels for norm in self._norms]
         excess = [self._excess(*parts) for parts in zip(self._norms, self._references, whole, columns, strict=True)]
+        excess = [own if there else own * math.nan for own, there in zip(excess, self._settled, strict=True)]
         found = summary.summarize(torch.cat(excess), channels)
         if bool(found.median.isnan().all()):
             return None

@@ -27,7 +27,7 @@ _KINDS, _ANSWERS = ("light", "full"), ("warn", "stop")
 _UNUSED: dict[str, tuple[str, ...]] = {
     "running": (),
     "pooled": ("rank_spread",),
-    "precise": ("rank_spread", "lag", "estimator_samples"),
+    "precise": ("rank_spread", "lag", "estimator_samples", "gap_relative"),
 }
 """Measures that say nothing of what evaluation uses."""
 Tier = Literal["light", "full"]
@@ -92,6 +92,7 @@ class DriftWatch:
     ) -> None:
         _check(kind, interval, evaluation, on_alarm)
         self.sinks, self.interval, self._kind, self._stops = list(sinks), interval, kind, on_alarm == "stop"
+        check_globs(model, include, exclude)
         self._in_order = _selected(list(watched_norms(model)), include, exclude)
         self._gathering = Gathering(self._in_order, carries_word=self._stops)
         places = {norm: place for place, norm in enumerate(self._gathering.norms)}
@@ -171,8 +172,12 @@ class DriftWatch:
             _log.log(
                 logging.WARNING if event.state == "raised" else logging.INFO, "Step %d: %s", event.step, event.message
             )
-        for sink in self.sinks:
-            sink.take(event)
+        for sink in list(self.sinks):
+            try:
+                sink.take(event)
+            except Exception as error:  # noqa: BLE001 — a full disk is no reason to lose a training
+                self.sinks.remove(sink)
+                _log.warning("%s takes no more of the drift: %r", type(sink).__name__, error)
 
     def _tell_layers(self, step: int, caught: Caught) -> None:
         """Tell which layers are watched; once, before the first measurement."""
@@ -199,6 +204,12 @@ class DriftWatch:
             self._take(step, caught, self._measurer)
 
     def _take(self, step: int, caught: Caught, measurer: Measurer) -> None:
+        if not bool(caught.count.any()) and not self._measurements:
+            _log.warning(
+                "Step %d: none of %d watched layers ran. Watch a model before it is compiled, and unwrapped.",
+                step,
+                len(self._in_order),
+            )
         values, channels = measurer.measure(caught)
         self._tell_layers(step, caught)
         self.last = Measurement(step, self._ordered(values), self._ordered(channels))
@@ -237,14 +248,16 @@ def _shared(norm: WatchedNorm, row: int, caught: Caught) -> int:
     return int(caught.samples[list(norm.blocks(len(caught.samples))[0]), row].sum())
 
 
-def _selected(norms: list[WatchedNorm], include: Sequence[str], exclude: Sequence[str]) -> list[WatchedNorm]:
-    """Leave out what is not to be watched.
+def check_globs(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
+    """Refuse a choice of layers that names none.
 
     Raises:
-        ConfigError: a glob names nothing.
+        ConfigError: a glob names no norm that could be watched.
     """
-    names = [norm.name for norm in norms]
+    names = [norm.name for norm in watched_norms(model)]
     for argument, globs in {"include": include, "exclude": exclude}.items():
+        if isinstance(globs, str):
+            raise ConfigError(f"drift.{argument}={globs!r} must be a list of globs. Give [{globs!r}].")
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
@@ -252,6 +265,10 @@ def _selected(norms: list[WatchedNorm], include: Sequence[str], exclude: Sequenc
                     f"drift.{argument}={glob!r} matches no watched layer: there are {some or 'none'}."
                     f"{did_you_mean(glob, names)}\nName a layer or a glob of them: 'drift.{argument}=[layer4.*]'."
                 )
+
+
+def _selected(norms: list[WatchedNorm], include: Sequence[str], exclude: Sequence[str]) -> list[WatchedNorm]:
+    """Leave out what is not to be watched."""
     return [
         norm
         for norm in norms

@@ -108,6 +108,7 @@ def finish(
             ("training", f"{samples_per_s:.0f} samples/s" if samples_per_s else "too short to time"),
             ("worst drift", _in_words(worst)),
             *(("alarm", message) for message in drift.alarms),
+            *([("stopped", "by an alarm: drift.on_alarm=stop")] if drift.has_stopped else []),
         ],
     )
     print(run.path, flush=True)
