@@ -98,3 +98,14 @@ def test_layers_keep_names_of_their_own():
     both = nn.ModuleDict({"model": nn.ModuleDict({"a": nn.BatchNorm1d(2)}), "a": nn.BatchNorm1d(2)})
     assert DriftWatch(both).names == ["model.a", "a"]
     assert DriftWatch(nn.ModuleDict({"model": both["model"]})).names == ["a"]
+
+
+def test_a_layer_used_twice_in_a_step_is_measured_at_the_first():
+    layer, memory = nn.BatchNorm1d(3), Memory()
+    first = torch.randn(8, 3)
+    with DriftWatch(nn.Sequential(layer), [memory], interval=1) as watch, watch.step():
+        layer(first)
+        layer(first + 100)
+    seen = memory[-1].layers["0"]
+    assert seen["batch_mean"] == pytest.approx(first.double().mean(0).tolist())
+    assert seen["running_mean"] == [0, 0, 0]
