@@ -31,7 +31,7 @@ class Media:
         self._columns: list[tuple[int, dict[str, list[float]]]] = []
         self._every, self._measured, self._drawn = 1, 0, 0
         self._last: dict[str, list[float]] = {}
-        self._alarms: dict[tuple[str, str], Alarm] = {}
+        self._alarms: dict[str, Alarm] = {}
         self.step = 0
 
     @property
@@ -53,9 +53,8 @@ class Media:
         elif isinstance(event, Measurement):
             self._add(event)
         elif isinstance(event, Alarm):
-            raised = event.state == "raised"
-            self._alarms = {key: alarm for key, alarm in self._alarms.items() if key != (event.layer, event.measure)}
-            self._alarms |= {(event.layer, event.measure): event} if raised else {}
+            self._alarms.pop(event.measure, None)
+            self._alarms |= {event.measure: event} if event.state == "raised" else {}
 
     def draw(self) -> dict[str, Any]:
         """Draw the pictures, PIL's, by the key they are logged under."""
@@ -74,7 +73,7 @@ class Media:
         rows = []
         for index, layer in enumerate(self._layers):
             values = [self._last[key][index] for key in measured]
-            alarms = ", ".join(measure for name, measure in self._alarms if name == layer.name)
+            alarms = ", ".join(alarm.measure for alarm in self._alarms.values() if alarm.layer == layer.name)
             rows.append([*dataclasses.astuple(layer), *(v if math.isfinite(v) else None for v in values), alarms])
         return ["layer", "kind", "channels", "samples", *measured, "alarm"], rows
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from distnorm.drift import events, history, record
+from distnorm.drift.report import tables
+from distnorm.drift.report.verdict import open_alarms, verdict
 from distnorm.errors import ConfigError
 from distnorm.launch.run_dir import RunFolder
 from distnorm.tracking import make_loggers
@@ -71,14 +73,37 @@ def test_after_a_requeue_the_later_values_hold_and_layers_are_aligned_by_name(bo
     assert worst.dtype == np.int64
     assert worst[0, :3].tolist() == [-1, -1, -1]
     assert worst[0, 3] == second[40].worst_channels["jeffreys"][0]
-    assert (read.alarms[0], len(read.alarms)) == (told.alarm(50), 3)
-    assert [alarm.step for alarm in read.alarms] == [50, 60, 90]
+    assert read.alarms == (told.alarm(50), told.alarm(90, state="cleared"))  # and not the first run's of step 60
     assert [snapshot.step for snapshot in read.snapshots] == [10, 40]
     steps, losses = read.scalars["train/loss"]
     assert steps.tolist() == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90]
     np.testing.assert_allclose(losses, [(10 if step < 30 else 40) / (step + 1) for step in steps])
     assert np.isnan(read.scalars["val/loss"][1]).all()
     assert set(read.scalars) == {"train/loss", "val/loss", "epoch"}
+
+
+def test_alarms_of_before_a_requeue_have_ended_and_those_of_steps_it_went_back_over_are_gone(tmp_path):
+    writer = record.Record(tmp_path / "record.jsonl")
+    before, gone, again = told.alarm(20), told.alarm(50, "bn2"), told.alarm(60, "bn2")
+    for event in (told.watched("bn1", "bn2"), before, gone, told.watched("bn1", "bn2", step=40)):
+        writer.take(event)
+    read = history.read(tmp_path)
+    assert (read.alarms, read.ended) == ((before,), (before,))
+    assert (open_alarms(read), verdict(read).state) == ([], "recovered")
+    assert verdict(read).sentence.endswith("(worst 0.7 in bn1), and no alarm was raised again after a requeue")
+    assert "raised, before a requeue" in tables.alarms([read])
+    writer.take(again)
+    read = history.read(tmp_path)
+    assert (read.alarms, read.ended) == ((before, again), (before,))
+    assert (open_alarms(read), verdict(read).state) == (["lag"], "alarm")
+    assert [state in tables.alarms([read]) for state in (">raised, before a requeue<", ">raised<")] == [True, True]
+
+
+def test_an_alarm_before_the_first_list_of_layers_stands(tmp_path):
+    writer = record.Record(tmp_path / "record.jsonl")
+    for event in (told.alarm(5), told.watched("bn1", step=10), told.measured(10, 1)):
+        writer.take(event)
+    assert open_alarms(history.read(tmp_path)) == ["lag"]
 
 
 def test_what_is_not_finite_or_not_there_is_nan(tmp_path):
@@ -146,6 +171,7 @@ def test_wandbs_own_pictures_and_tables_are_no_numbers_of_the_run(both):
         (lambda path: path / "nowhere", "nowhere does not exist"),
         (lambda path: path, "has no record.jsonl and no run-….wandb in it"),
         (lambda path: written(path / "empty.jsonl", ""), "empty.jsonl is not a record: it is empty"),
+        (lambda path: written(path / "record.jsonl", "").parent, "record.jsonl is not a record: it is empty"),
         (lambda path: written(path / "x.json", json.dumps([1])), "x.json is not a record: it starts with b'\\[1\\]'"),
     ],
 )

@@ -58,7 +58,9 @@ def test_a_record_cut_short_gives_what_is_left_and_a_line_on_the_rest(folder, ca
     rows = record.read_bytes().splitlines(keepends=True)
     record.write_bytes(b"".join(rows[:-5]) + rows[-5][:40])
     asked(folder)
-    assert "Shards differ by rank" in capsys.readouterr().out
+    _, said, told = capsys.readouterr().out.splitlines()
+    assert "Shards differ by rank" in said
+    assert re.fullmatch(r"sorted: record.jsonl: 1 of \d+ lines cannot be read, .*cut short.", told)
     lost = re.findall('<p class="note lost">(.*?)</p>', (folder / "report.html").read_text())
     assert len(lost) == 1
     assert "cut short" in lost[0]
@@ -75,11 +77,15 @@ def test_several_runs_and_figures(folder, tmp_path, capsys):
 
 def test_mistakes_end_in_three_lines_and_code_2(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "record.jsonl").write_text("")
     (tmp_path / "file").write_text("")
     wrong = {
+        "it is empty.\nGive a run folder": [tmp_path / "begun"],
         "nowhere": [tmp_path / "nowhere"],
         "empty": [tmp_path / "empty"],
-        "Give each once": [folder, folder],
+        "It compares different runs. Give each once": [folder, folder],
+        "record.jsonl' twice": [folder / "record.jsonl", folder],
         "--out report.html": [folder, "--out", tmp_path / "file" / "page.html"],
         "--png figures": [folder, "--png", tmp_path / "file" / "png"],
     }

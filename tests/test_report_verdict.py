@@ -104,6 +104,13 @@ def test_a_cleared_alarm_is_a_recovery_even_when_the_worst_layer_changed():
     )
 
 
+def test_a_cleared_alarm_ends_its_measure_whatever_layers_it_was_raised_in():
+    at = limit_of("lag").at
+    told = [("layers.0.bn1", "raised", 20), ("layers.0.bn2", "raised", 40), ("layers.0.bn2", "cleared", 60)]
+    alarms = [alarm("lag", layer, 2 * at, state, step) for layer, state, step in told]
+    assert verdict(with_values("lag", [[at] * 4] * 2, alarms)).state == "recovered"
+
+
 def test_a_healthy_run_names_what_came_nearest():
     run = with_values("between_ranks", [[1.0, 1.2], [1.1, 1.4]])
     assert verdict(run).sentence == (

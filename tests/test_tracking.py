@@ -17,6 +17,7 @@ from distnorm.launch import run_dir
 from distnorm.launch.ranks import Ranks
 from distnorm.tracking import make_loggers
 from distnorm.wandb_logger import DriftWandbLogger
+from distnorm.wandb_media import Media
 from tests import logged, told
 from tests.runs import composed, wait_for
 
@@ -212,6 +213,32 @@ def test_on_a_long_run_wandb_gets_fewer_and_fewer_measurements_and_the_last():
     assert [steps[i + 1] - steps[i] for i in (1000, 1400, 1700, 1900, 2010)] == [2, 2, 4, 4, 8]
     assert steps[-1] == 4203
     assert len([row for row in run.logged if "drift/layers" in row]) == 5  # after 100, 300, 900, 2700, and at the end
+
+
+def test_rare_measurements_are_thinned_by_themselves():
+    run = Told()
+    logger = DriftWandbLogger(run)
+    for step in range(1, 2201):
+        logger.take(told.measured(step, keys=("lag",)))
+        if step % 200 == 0:
+            logger.take(told.measured(step, keys=("shift",)))
+    logger.finalize("success")
+    rows = [json.loads(row[EVENT]) for row in run.logged if EVENT in row]
+    of = {
+        key: [row["step"] for row in rows if key in row.get("drift", {}).get("values", {})] for key in ("shift", "lag")
+    }
+    assert of["shift"] == [*range(200, 2201, 200)]
+    assert of["lag"][:1001] == [*range(1, 1002)]
+    assert of["lag"][-1] == 2200
+
+
+def test_the_tables_alarms_are_one_a_measure_wherever_they_end():
+    media = Media()
+    for event in (told.watched("bn1", "bn2"), told.alarm(10, "bn1")):
+        media.take(event)
+    assert [row[-1] for row in media.table()[1]] == ["lag", ""]
+    media.take(told.alarm(20, "bn2", "cleared"))
+    assert [row[-1] for row in media.table()[1]] == ["", ""]
 
 
 def test_disabled_only_the_record_is_written(tmp_path):

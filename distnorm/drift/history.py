@@ -39,6 +39,7 @@ class History:
         alarms: in order of steps.
         snapshots: in order of steps.
         lost: one line each on what could not be read.
+        ended: those of the alarms that are older than the last requeue: it began without any.
     """
 
     name: str
@@ -52,13 +53,14 @@ class History:
     alarms: tuple[Alarm, ...]
     snapshots: tuple[Snapshot, ...]
     lost: tuple[str, ...] = ()
+    ended: tuple[Alarm, ...] = ()
 
 
 def read(path: Path) -> History:
     """Read a run's drift, whatever a kill left of it.
 
-    Where a requeue went over steps again, the later values hold. Layers are told apart by name, so a requeue may watch
-    other ones: the last ones come first, then those that went.
+    Where a requeue went over steps again, the later values hold, and alarms of those steps are dropped. Layers
+    are told apart by name, so a requeue may watch other ones: the last ones come first, then those that went.
 
     Args:
         path: a run folder, its `record.jsonl`, an offline `.wandb` file, or wandb's folder `offline-run-…`, that is
@@ -84,14 +86,18 @@ def _file_of(path: Path) -> Path:
         found = found or sorted(path.glob("run-*.wandb")) or sorted(path.glob("wandb/*run-*/run-*.wandb"), key=_time)
         if not found:
             raise ConfigError(f"{path} has no record.jsonl and no run-….wandb in it. {_GIVE}")
-        return found[-1]
+        path = found[-1]
     if path.suffix != ".wandb":
-        with path.open("rb") as file:
-            start = file.read(len(_FIRST_LINE))
-        if not start or start != _FIRST_LINE[: len(start)]:
-            is_what = f"starts with {start!r}, and a record with {_FIRST_LINE!r}" if start else "is empty"
-            raise ConfigError(f"{path} is not a record: it {is_what}.\n{_GIVE}")
+        _check_start(path)
     return path
+
+
+def _check_start(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(len(_FIRST_LINE))
+    if not start or start != _FIRST_LINE[: len(start)]:
+        is_what = f"starts with {start!r}, and a record with {_FIRST_LINE!r}" if start else "is empty"
+        raise ConfigError(f"{path} is not a record: it {is_what}.\n{_GIVE}")
 
 
 _FIRST_LINE = b'{"schema"'
@@ -151,6 +157,7 @@ class _Merged:
         self._world_size, self._unread = 1, 0
         self._scalars: dict[str, dict[int, float]] = {}
         self._alarms: dict[tuple[Any, ...], Alarm] = {}
+        self._ended: tuple[Alarm, ...] = ()
         self._snapshots: dict[int, Snapshot] = {}
         for row in rows:
             if record.is_event(row):
@@ -181,6 +188,7 @@ class _Merged:
             alarms=tuple(sorted(self._alarms.values(), key=lambda alarm: alarm.step)),
             snapshots=tuple(snapshot for _, snapshot in sorted(self._snapshots.items())),
             lost=lost,
+            ended=self._ended,
         )
 
     def _take(self, row: Mapping[str, Any]) -> None:
@@ -194,6 +202,9 @@ class _Merged:
             self._unread += 1
             return
         if isinstance(event, Watched):
+            if self._stretches:
+                self._alarms = {key: alarm for key, alarm in self._alarms.items() if alarm.step <= event.step}
+                self._ended = tuple(self._alarms.values())
             self._stretches.append(_Stretch(event.layers))
             self._world_size = event.world_size
         elif isinstance(event, Alarm):

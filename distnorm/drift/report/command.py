@@ -23,13 +23,15 @@ def report(
         png: a folder that takes figures too.
 
     Returns:
-        Lines for the console: where the page is, one on the figures, and each run's verdict.
+        Lines for the console: where the page is, one on the figures, each run's verdict and what of it was lost.
 
     Raises:
         ConfigError: a run given twice, or a place that cannot be written; what `read` raises.
     """
     paths = [Path(run).resolve() for run in runs]
-    twice = next((run for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1), None)
+    files = [path / "record.jsonl" if (path / "record.jsonl").exists() else path for path in paths]
+    files = [file.resolve() for file in files]
+    twice = next((run for run, file in zip(runs, files, strict=True) if files.count(file) > 1), None)
     if twice is not None:
         raise ConfigError(f"distnorm report got the run {twice!r} twice. It compares different runs. Give each once.")
     histories = [read(path) for path in paths]
@@ -41,4 +43,7 @@ def report(
     folder = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path()
     page = render(histories, Path(out) if out is not None else folder / "report.html")
     drawn = [f"{len(figures(histories, Path(png)))} figures in {png}"] if png is not None else []
-    return [str(page), *drawn, *(f"{history.name}: {verdict(history).sentence}." for history in histories)]
+    said = [
+        f"{history.name}: {line}" for history in histories for line in (f"{verdict(history).sentence}.", *history.lost)
+    ]
+    return [str(page), *drawn, *said]

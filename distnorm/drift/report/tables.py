@@ -146,8 +146,11 @@ def _last(history: History, name: str) -> str:
 
 def _alarm(history: History, run: int, place: int) -> str:
     alarm = history.alarms[place]
-    is_open = alarm.state == "raised" and alarm.measure in open_alarms(history)
-    state = alarm.state if alarm.state == "cleared" or is_open else "raised, cleared later"
+    state: str = alarm.state
+    if state == "raised" and alarm in history.ended:
+        state = "raised, before a requeue"
+    elif state == "raised" and alarm.measure not in open_alarms(history):
+        state = "raised, cleared later"
     known = alarm.measure in history.values and alarm.layer in {layer.name for layer in history.layers}
     show = f'<button type="button" data-run="{run}" data-alarm="{place}">Show</button>' if known else ""
     title, step = _text(_TITLES.get(alarm.measure, alarm.measure)), f"{alarm.step:,}".replace(",", "\u2009")

@@ -19,8 +19,8 @@ class Verdict:
     """What to think of a run.
 
     Attributes:
-        state: `alarm` if one is left at the end, `recovered` if all were cleared, `healthy` if there was none,
-            `unknown` if nothing was measured.
+        state: `alarm` if one is left at the end, `recovered` if all were cleared or not raised again after a requeue,
+            `healthy` if there was none, `unknown` if nothing was measured.
         sentence: says so, with the worst layer, value and limit.
         measure: the sentence is about; empty for none.
     """
@@ -60,16 +60,8 @@ def number(value: float) -> str:
 
 def open_alarms(history: History) -> list[str]:
     """Name the measures that have an alarm at the end of the run."""
-    raised: dict[str, set[str]] = {}
-    for alarm in history.alarms:
-        layers = raised.setdefault(alarm.measure, set())
-        if alarm.state == "raised":
-            layers.add(alarm.layer)
-        elif alarm.layer in layers:
-            layers.remove(alarm.layer)
-        else:  # the worst layer has changed since
-            layers.clear()
-    return [measure for measure, layers in raised.items() if layers]
+    last = {alarm.measure: alarm for alarm in history.alarms if alarm not in history.ended}
+    return [measure for measure, alarm in last.items() if alarm.state == "raised"]
 
 
 def _severity(history: History, key: str) -> float:
@@ -118,9 +110,10 @@ def _recovered(history: History, last: Alarm) -> str:
     measure, alarm = _measure(history, last.measure), _worst_alarm(history, last.measure)
     where = f" in {alarm.layer}" if alarm.layer else ""
     side = measure.limit.side if measure.limit else "beyond"
+    cleared = last.state == "cleared"
+    how = f"keeps its limit since step {number(last.step)}" if cleared else "no alarm was raised again after a requeue"
     return (
-        f"Recovered: {_title(measure)} was {side} {number(alarm.limit)} (worst {number(alarm.value)}{where}), "
-        f"and keeps its limit since step {number(last.step)}"
+        f"Recovered: {_title(measure)} was {side} {number(alarm.limit)} (worst {number(alarm.value)}{where}), and {how}"
     )
 
 
