@@ -52,3 +52,10 @@ def test_intervals_are_whole_numbers(options):
     name, value = next(iter(options.items()))
     with pytest.raises(ConfigError, match=rf"drift.{name}={value} must be a whole number of at least 1. Use e.g. 100"):
         DriftMonitor("full", **options)
+
+
+def test_a_glob_that_names_no_layer_is_refused_before_anything_starts():
+    with pytest.raises(ConfigError, match=r"drift.include='nosuch' matches no watched layer: there are 1, 4, 6\."):
+        DriftMonitor("light", include=["nosuch"]).check(Task().model)
+    DriftMonitor("light", include=["[14]"]).check(Task().model)
+    DriftMonitor("none", include=["nosuch"]).check(Task().model)

@@ -61,7 +61,7 @@ class DriftWatch:
         the same steps.
 
     Raises:
-        ConfigError: a glob names no watched layer, or `kind`, `interval` or `on_alarm` are none of those.
+        ConfigError: a glob names no watched layer; or `kind`, `interval`, `evaluation` or `on_alarm` is none of those.
 
     Example:
         >>> import torch
