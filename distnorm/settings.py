@@ -22,6 +22,7 @@ DEFAULT_DEVICE_BATCH = 16
 AtLeastOne = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[16])]
 Many = Annotated[int, Field(ge=1, strict=True, description="a whole number of at least 1", examples=[1024])]
 Flag = Annotated[bool, Field(description="true or false", examples=["true"])]
+Seconds = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Auto = Literal["auto"]
 _PRECISIONS = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mixed"}
 
@@ -105,12 +106,11 @@ class TrainerSettings(_Strict):
         description="a number above 0", examples=[1.0]
     )
     threads_per_rank: AtLeastOne | None
-    timeout_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = Field(
-        description="seconds, above 0", examples=[300]
-    )
-    progress_every_s: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] = Field(
-        description="seconds, above 0", examples=[10]
-    )
+    timeout_s: Seconds = Field(description="seconds, above 0", examples=[300])
+    checkpoint_every_s: Seconds = Field(description="seconds, above 0", examples=[600])
+    time_limit_s: Seconds | None = Field(description="seconds, above 0, or null", examples=[3600])
+    requeue: Flag
+    progress_every_s: Seconds = Field(description="seconds, above 0", examples=[10])
     lightning: dict[str, Any]
 
 

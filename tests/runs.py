@@ -55,18 +55,23 @@ def _train(complete, run):
 def train_py(*overrides, folder, check=True, timeout_s=200):
     """Run train.py as a user would; returns the finished process and the run folder, if there is one."""
     command = [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={folder}"]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        cwd=ROOT,
-        check=False,
-    )
+    done = _run(command, timeout_s)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     found = sorted(Path(folder).iterdir()) if Path(folder).exists() else []
     return done, (RunFolder(found[-1]) if found else None)
+
+
+def _run(command, timeout_s, tries=3):
+    """Run a command; where the system cannot even start it, which a loaded machine did once, try again."""
+    for left in reversed(range(tries)):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, cwd=ROOT, check=False)
+        except OSError:
+            if not left:
+                raise
+            time.sleep(1)
+    raise AssertionError("tries must be at least 1")
 
 
 def start(*overrides, folder):

@@ -38,7 +38,9 @@ def ended(tmp_path_factory):
     """What each wrong command line ended in; two at a time, for most of it is starting Python."""
 
     def type_in(typed):
-        return runs.train_py(*typed, folder=tmp_path_factory.mktemp("wrong") / "runs", check=False)
+        return runs.train_py(*typed, folder=folders[tuple(typed)], check=False)
+
+    folders = {tuple(typed): tmp_path_factory.mktemp("wrong") / "runs" for typed in TYPED}
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {tuple(typed): pool.submit(type_in, typed) for typed in TYPED}

@@ -66,7 +66,7 @@ LADDER = [
     ["settings", "callbacks", "drift.history", "wandb_media"],
     ["drift.report"],
     ["launch.ranks"],
-    ["launch.run_dir", "launch.console"],
+    ["launch.run_dir", "launch.console", "launch.endings"],
     ["wandb_logger"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],
     ["launch.trainer", "launch.compose", "study.cells", "study.workers", "study.measure"],

@@ -53,6 +53,11 @@ class RunFolder:
         """Folder of what each rank leaves: its output, its position, the exception that ended it."""
         return self.path / "ranks"
 
+    @property
+    def stop(self) -> Path:
+        """File that asks the run to save and end, whoever makes it: `touch <run>/stop`."""
+        return self.path / "stop"
+
     def log_of(self, rank: int) -> Path:
         """File of what a rank prints, rank 0 apart, whose output is the console's."""
         return self.ranks / f"rank{rank}.log"
