@@ -75,23 +75,21 @@ class RunFolder:
         return from_yaml((self.path / "config.yaml").read_text())
 
 
-def open_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ) -> RunFolder:
+def open_run(
+    settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ, *, place: RunFolder | None = None
+) -> RunFolder:
     """Make the run's folder, or find the one the first rank has made.
 
     Runs that start in the same second differ in their random ending. A SLURM job's folder is named after its id, so
     that all its tasks agree without a word; under torchrun the first rank's choice goes through torchrun's own store.
+
+    Args:
+        settings: kept in the folder.
+        ranks: who takes part.
+        environ: where SLURM and torchrun leave their marks.
+        place: the folder where that is settled, as a sweep's job's is; else one is made in `settings.runs_dir`.
     """
-    name = f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
-    if ranks.started_by == "slurm":
-        array = f"_{environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in environ else ""
-        job = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])
-        restarts = f"-r{environ['SLURM_RESTART_COUNT']}" if environ.get("SLURM_RESTART_COUNT", "0") != "0" else ""
-        name = f"slurm-{job}{array}-{environ.get('SLURM_STEP_ID', '0')}{restarts}"
-    elif ranks.started_by == "torchrun" and ranks.world_size > 1:
-        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
-        name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
-    run = RunFolder((Path(settings.runs_dir) / name).resolve())
+    run = place or RunFolder((Path(settings.runs_dir) / _name(ranks, environ)).resolve())
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         run.error_of(0).parent.mkdir(exist_ok=True)
@@ -103,6 +101,21 @@ def open_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.e
             "Give a folder that every rank can write, e.g. runs_dir=/scratch/me/runs.",
         ) from None
     return run
+
+
+def _name(ranks: Ranks, environ: Mapping[str, str]) -> str:
+    """Name a run's folder, alike on all its ranks."""
+    name = f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
+    if ranks.started_by == "slurm":
+        array = f"_{environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in environ else ""
+        job = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])
+        restarts = f"-r{environ['SLURM_RESTART_COUNT']}" if environ.get("SLURM_RESTART_COUNT", "0") != "0" else ""
+        name = f"slurm-{job}{array}-{environ.get('SLURM_STEP_ID', '0')}{restarts}"
+    elif ranks.started_by == "torchrun" and ranks.world_size > 1:
+        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+        key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
+        name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
+    return name
 
 
 def write_whole(path: Path, text: str) -> None:
