@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import console, overrides, ranks
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
+from distnorm.launch.run_dir import RUN_DIR, RunFolder, name_run, open_run, restarted
 from distnorm.settings import Settings
 
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
@@ -123,9 +123,9 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
     found = ranks.find(checked.trainer)
-    complete = checked.with_batches(found.world_size)
-    if place is not None and complete.ckpt_path is None and any(place.checkpoints.glob("*.ckpt")):
-        complete = complete.model_copy(update={"ckpt_path": str(place.path)})
+    name = name_run(checked, found) if place is None else str(place.path)
+    before = restarted(checked, name) if place is None else place if place.has_begun else None
+    complete = (checked if before is None else _going_on(before)).with_batches(found.world_size)
     spec = complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
@@ -136,13 +136,23 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         path = checkpoint.find(complete.ckpt_path).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run = open_run(complete, found, place=place)
+    run = open_run(complete, found, name, again=before is not None)
     if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
 
         local.start_ranks(sys.argv[0], run, found.world_size)
     else:
+        if found.rank:
+            console.leave_to(run.log_of(found.rank))
         train(complete, found, run)
+
+
+def _going_on(run: RunFolder) -> Settings:
+    """Take a restarted run's own settings, whatever conf/ says by now, and its newest checkpoint if it has one."""
+    own = run.read_settings()
+    data = {**own.data, "device_batch": None}  # on another number of ranks the global batch stays
+    written = any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt"))
+    return own.model_copy(update={"data": data, "ckpt_path": str(run.path)} if written else {"data": data})
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:
