@@ -65,7 +65,7 @@ LADDER = [
     ],
     ["settings", "callbacks", "drift.history", "wandb_media"],
     ["drift.report"],
-    ["launch.ranks"],
+    ["launch.ranks", "figures"],
     ["launch.run_dir", "launch.console", "launch.endings", "launch.signals"],
     ["launch.preemption", "launch.requeue"],
     ["wandb_logger"],
@@ -73,7 +73,7 @@ LADDER = [
     ["launch.trainer", "launch.compose", "study.cells", "study.workers", "study.measure"],
     ["study.table"],
     ["study.claims", "study.figure"],
-    ["study.conduct"],
+    ["study.conduct", "sweep"],
     ["launch.entry"],
     ["cli"],
 ]

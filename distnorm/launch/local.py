@@ -25,7 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError
-from distnorm.launch import signals
+from distnorm.launch import console, signals
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json, write_whole
 
@@ -112,9 +112,7 @@ def become_rank(run: RunFolder, rank: int) -> None:
     """Prepare this process to be a rank: end with the launcher, and leave the console to rank 0."""
     end_with_parent()
     if rank:
-        descriptor = os.open(run.log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
+        console.leave_to(run.log_of(rank))
 
 
 def end_with_parent() -> None:

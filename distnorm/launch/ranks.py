@@ -11,6 +11,9 @@ import torch
 from distnorm.errors import ConfigError
 from distnorm.settings import TrainerSettings
 
+INTERACTIVE = ("bash", "interactive")
+"""Names of SLURM jobs in which a person types: commands there start runs of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -93,7 +96,7 @@ def _local_devices(trainer: TrainerSettings, accelerator: str) -> int:
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    interactive = environ.get("SLURM_JOB_NAME") in INTERACTIVE
     return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1 and not interactive
 
 
