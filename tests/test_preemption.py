@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from distnorm.launch.run_dir import RunFolder
-from tests import interrupted, ranks, runs
+from tests import preempted, ranks, runs
 
 pytestmark = pytest.mark.unit
 
-LONG = ("trainer.max_steps=40", "trainer.max_epochs=9", "drift=none", "model._target_=tests.interrupted.Told")
+LONG = ("trainer.max_steps=40", "trainer.max_epochs=9", "drift=none", "model._target_=tests.preempted.Told")
 
 
 def told(folder, world, *overrides):
@@ -19,7 +19,7 @@ def told(folder, world, *overrides):
     complete = runs.composed(*runs.QUICK, *LONG, f"trainer.devices={world}", *overrides).with_batches(world)
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
-    return ranks.run(interrupted.train, complete, run, world=world), run
+    return ranks.run(preempted.train, complete, run, world=world), run
 
 
 def saved(run):

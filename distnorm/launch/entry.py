@@ -1,5 +1,6 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,11 +32,15 @@ def main(train: Train, config: Path) -> None:
         config: the root of the configuration: `conf/train.yaml`.
     """
     console.quiet_libraries()
+    is_rank = RUN_DIR in os.environ
     try:
-        if RUN_DIR in os.environ:
-            _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
-        else:
-            _compose_and_start(train, config)
+        with signals.listening() if is_rank or ranks.is_task() else contextlib.nullcontext():
+            if is_rank:
+                _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
+            else:
+                _compose_and_start(train, config)
+    except RunInterruptedError as error:
+        console.fail(requeue.requeue(error))
     except DistNormError as error:
         console.fail(error)
 
@@ -193,13 +198,12 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     checked = run.read_settings()
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
-    with signals.listening():
-        try:
-            train(checked, found, run)
-        except RunInterruptedError as error:
-            _close_wandb()
-            local.note_ending(run, found.rank, error)
-            _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files
-        except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
-            local.note_failure(run, found.rank, error)
-            _leave(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
+    try:
+        train(checked, found, run)
+    except RunInterruptedError as error:
+        _close_wandb()
+        local.note_ending(run, found.rank, error)
+        _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files
+    except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
+        local.note_failure(run, found.rank, error)
+        _leave(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive

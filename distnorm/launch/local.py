@@ -99,6 +99,8 @@ def _passing_on(run: RunFolder) -> Iterator[None]:
         write_whole(run.stop, signal.Signals(told).name)  # in one piece: rank 0 looks any time
 
     before = {told: signal.signal(told, ask) for told in signals.LISTENED}
+    if already := signals.heard():
+        ask(already, None)
     try:
         yield
     finally:
@@ -140,7 +142,7 @@ def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
 def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
     """Leave word, on rank 0, that the run was told to stop, for the launcher to say."""
     if rank == 0:
-        write_json(_ending_of(run), {"message": str(error), "exit_code": error.exit_code})
+        write_json(_ending_of(run), {"message": str(error), "wants_requeue": error.wants_requeue})
 
 
 def _raise_ending(run: RunFolder, started: float) -> None:
@@ -148,7 +150,7 @@ def _raise_ending(run: RunFolder, started: float) -> None:
     file = _ending_of(run)
     if file.exists() and file.stat().st_mtime >= started:
         note = json.loads(file.read_text())
-        raise RunInterruptedError(note["message"], note["exit_code"])
+        raise RunInterruptedError(note["message"], wants_requeue=note["wants_requeue"])
 
 
 def _ending_of(run: RunFolder) -> Path:

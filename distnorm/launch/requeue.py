@@ -6,19 +6,20 @@ import subprocess
 from collections.abc import Mapping
 
 from distnorm.launch.endings import REQUEUE, STOPPED, RunInterruptedError
+from distnorm.launch.ranks import INTERACTIVE
 
 _TIMEOUT_S = 20
 
 
 def requeue(ending: RunInterruptedError, environ: Mapping[str, str] = os.environ) -> RunInterruptedError:
-    """Have SLURM requeue the job that this is a step of, if the ending wants that; first rank only.
+    """Have SLURM requeue the job that this is a part of, if the ending wants that; on one rank only.
 
     A job that is being canceled gets TERM too, as one that is preempted does; its state tells them apart, and it is
     left alone. Where `scontrol` cannot be run, as in many containers, or fails, the exit code asks the batch script.
 
     Args:
         ending: what ended the run, once all is saved and closed: SLURM ends the job at once.
-        environ: where srun leaves the job's id.
+        environ: where SLURM leaves the job's id.
 
     Returns:
         The ending, with a line on what becomes of the job, and the exit code for it.
@@ -38,8 +39,8 @@ def requeue(ending: RunInterruptedError, environ: Mapping[str, str] = os.environ
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Name the SLURM job of this step, an array's task as `<array job>_<task>`; `None` outside a step."""
-    if "SLURM_STEP_ID" not in environ:
+    """Name the SLURM job that this is a part of, an array's task as `<array job>_<task>`; `None` at a shell."""
+    if environ.get("SLURM_JOB_NAME") in INTERACTIVE:
         return None
     if "SLURM_ARRAY_JOB_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
