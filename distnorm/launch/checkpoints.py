@@ -58,10 +58,14 @@ class LastCheckpoint(Callback):
             done = progress["current"]["completed"]
             _log.warning("The checkpoint is from the middle of an epoch, after its step %d: the rest is skipped.", done)
 
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save as things are, in the middle of an epoch too; called on every rank."""
+        trainer.save_checkpoint(self._path)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, where steps were made since the last time; alike on every rank."""
         if trainer.global_step != self._saved_at:
-            trainer.save_checkpoint(self._path)
+            self.save(trainer)
             self._saved_at = trainer.global_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -99,9 +103,9 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_k_models = {path: score}
 
 
-def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> list[Callback]:
+def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> tuple[BestCheckpoint, LastCheckpoint]:
     """Make the callbacks that write both checkpoints."""
-    return [BestCheckpoint(run, resumed_from), LastCheckpoint(run)]
+    return BestCheckpoint(run, resumed_from), LastCheckpoint(run)
 
 
 def test(

@@ -1,10 +1,11 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks
+from distnorm.launch import console, overrides, ranks, requeue, signals
+from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, name_run, open_run, restarted
 from distnorm.settings import Settings
 
@@ -30,11 +32,15 @@ def main(train: Train, config: Path) -> None:
         config: the root of the configuration: `conf/train.yaml`.
     """
     console.quiet_libraries()
+    is_rank = RUN_DIR in os.environ
     try:
-        if RUN_DIR in os.environ:
-            _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
-        else:
-            _compose_and_start(train, config)
+        with signals.listening() if is_rank or ranks.is_task() else contextlib.nullcontext():
+            if is_rank:
+                _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
+            else:
+                _compose_and_start(train, config)
+    except RunInterruptedError as error:
+        console.fail(requeue.requeue(error))
     except DistNormError as error:
         console.fail(error)
 
@@ -144,7 +150,38 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     else:
         if found.rank:
             console.leave_to(run.log_of(found.rank))
-        train(complete, found, run)
+        _train_here(train, complete, found, run)
+
+
+def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
+    """Train in this process, alone or as a rank of torchrun or srun.
+
+    Told to stop, the first rank says so, and asks for the requeue. The process then ends at once: a destructor of its
+    process group might abort it, and change its exit code.
+    """
+    with signals.listening():
+        try:
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            if not found.is_first:
+                _leave(error.exit_code)
+            ending = requeue.requeue(error)
+            print(ending, file=sys.stderr)
+            _leave(ending.exit_code)
+
+
+def _close_wandb() -> None:
+    """Let wandb write what it holds, where it was loaded."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _leave(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _going_on(run: RunFolder) -> Settings:
@@ -163,7 +200,10 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     local.become_rank(run, found.rank)
     try:
         train(checked, found, run)
+    except RunInterruptedError as error:
+        _close_wandb()
+        local.note_ending(run, found.rank, error)
+        _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files
     except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
         local.note_failure(run, found.rank, error)
-        sys.stdout.flush()
-        os._exit(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
+        _leave(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive

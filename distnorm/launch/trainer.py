@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
 from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import TrainerSettings
@@ -35,7 +36,7 @@ def make_trainer(
     callbacks: list[Callback],
     resumed_from: str | None,
 ) -> pl.Trainer:
-    """Make the trainer: DDP over the ranks that exist, without any broadcast of buffers, and two checkpoints.
+    """Make the trainer: DDP over the ranks that exist, no broadcast of buffers, two checkpoints, an end when told.
 
     Args:
         settings: the group `trainer`.
@@ -48,6 +49,14 @@ def make_trainer(
     """
     console.quiet_libraries()  # Lightning sets its own level when it is imported
     set_threads(settings, ranks)
+    best, last = checkpoint_callbacks(run, resumed_from)
+    told = Preemption(
+        run,
+        last.save,
+        every_s=settings.checkpoint_every_s,
+        time_limit_s=settings.time_limit_s,
+        requeue=settings.requeue,
+    )
     ours: dict[str, Any] = {
         "accelerator": ranks.accelerator,
         "devices": ranks.per_node,
@@ -61,7 +70,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *checkpoint_callbacks(run, resumed_from)],
+        "callbacks": [*callbacks, last, told, best],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
