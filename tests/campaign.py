@@ -129,7 +129,9 @@ class Campaign:
 
     def _requeued(self, job):
         runs.wait_for(lambda: self._slurm.restarts(job) == 1, 60)
-        return [] if re.search(r"Stopped by SIG\w+ after step \d+", self._slurm.output(job)) else ["no word of the stop"]
+        return (
+            [] if re.search(r"Stopped by SIG\w+ after step \d+", self._slurm.output(job)) else ["no word of the stop"]
+        )
 
     def _kill(self, job, run, rank, _told):
         os.kill(process_of(job, rank), signal.SIGKILL)

@@ -66,7 +66,7 @@ class Preemption(Callback):
     def __init__(
         self,
         run: RunFolder,
-        save: Callable[[pl.Trainer], None],
+        save: Callable[[pl.Trainer], object],
         *,
         every_s: float,
         time_limit_s: float | None = None,

@@ -2,12 +2,10 @@
 
 import datetime as dt
 import inspect
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
@@ -112,21 +110,6 @@ _OURS = (
     "sync_batchnorm",
     "enable_checkpointing",
 )
-
-
-def seed_weights(seed: int) -> None:
-    """Seed what must be alike on all ranks: the initial weights."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def seed_rank(seed: int, rank: int) -> None:
-    """Seed what must differ from rank to rank: dropout, and whatever else a model draws in training."""
-    stream = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
-    random.seed(stream)
-    np.random.seed(stream % 2**32)
-    torch.manual_seed(stream)
 
 
 def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
