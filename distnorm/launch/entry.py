@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, name_run, open_run, restarted
+from distnorm.launch import console, overrides, ranks, run_dir
+from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
@@ -40,22 +40,14 @@ def main(train: Train, config: Path) -> None:
 
 
 def _compose_and_start(train: Train, config: Path) -> None:
-    """Let Hydra compose. A single run starts after it has returned, each job of a sweep (`-m`) inside it."""
-    single: list[tuple[DictConfig, list[str]]] = []
-    failures: list[DistNormError] = []
+    """Let Hydra compose, all jobs of a sweep (`-m`) too, and start what it has composed once it has returned."""
+    composed: list[tuple[DictConfig, list[str]]] = []
+    modes = set[RunMode | None]()
 
-    def job(composed: DictConfig) -> None:
+    def job(one: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        if hydra_config.mode != RunMode.MULTIRUN:
-            single.append((composed, list(hydra_config.overrides.task)))
-            return
-        name = " ".join(hydra_config.overrides.task)
-        print(f"--- {name}", flush=True)
-        try:
-            _start(train, settings.check(composed), sweeping=True)
-        except DistNormError as error:  # the other jobs go on
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-            failures.append(error)
+        modes.add(hydra_config.mode)
+        composed.append((one, list(hydra_config.overrides.task)))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through, to be worded here
     try:
@@ -64,14 +56,42 @@ def _compose_and_start(train: Train, config: Path) -> None:
         if isinstance(error, ValueError) and overrides.NO_CHOICE not in str(error):
             raise
         raise ConfigError(overrides.in_words(error, config.parent)) from None
-    for composed, changes in single:
-        checked = settings.check(composed)
+    if RunMode.MULTIRUN in modes:
+        _sweep(train, composed)
+        return
+    for one, changes in composed:  # none after --help or --cfg
+        checked = settings.check(one)
         if checked.study is None:
-            _start(train, checked, sweeping=False)
+            _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
-    if failures:
-        raise type(failures[0])(f"{len(failures)} of the jobs failed; the reasons stand above.")
+
+
+def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
+    """Run the jobs of a sweep. What is wrong with all of them is refused; what is wrong with one is that one's."""
+    from distnorm import sweep  # noqa: PLC0415 — what a single run does not need
+
+    checked = [(_checked(one), changes) for one, changes in composed]
+    good = [one for one, _ in checked if not isinstance(one, DistNormError)]
+    if not good:
+        raise next(one for one, _ in checked if isinstance(one, DistNormError))
+    if any(one.study is not None for one in good):
+        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
+    found = ranks.find(good[0].trainer)
+    if found.started_by == "torchrun" or (found.started_by == "slurm" and "SLURM_ARRAY_TASK_ID" not in os.environ):
+        raise ConfigError(
+            f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. "
+            "Sweep without it, or as an array: slurm/sweep.sbatch."
+        )
+    jobs = sweep.plan(checked, Path(good[0].runs_dir))
+    sweep.conduct(jobs, lambda one, place: _start(train, one, place))
+
+
+def _checked(composed: DictConfig) -> Settings | DistNormError:
+    try:
+        return settings.check(composed)
+    except DistNormError as error:
+        return error
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
@@ -92,20 +112,24 @@ def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) 
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 
-def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
-    """Check all that can be checked without ranks, then run here or start them."""
+def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> None:
+    """Check all that can be checked without ranks, then run here or start them.
+
+    Args:
+        train: trains on this rank.
+        checked: the settings.
+        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one, or that of a run
+            that SLURM or torchrun has started again.
+    """
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
-    if checked.study is not None:
-        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
     found = ranks.find(checked.trainer)
-    if sweeping and found.started_by in ("torchrun", "slurm"):
-        raise ConfigError(
-            f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. Sweep without it."
-        )
-    name = name_run(checked, found)
-    before = restarted(checked, name)
-    complete = (checked if before is None else _going_on(before)).with_batches(found.world_size)
+    run = place or run_dir.locate(checked, found)
+    again = place is not None or run_dir.has_restarted(run)
+    own = _own_settings(run) if again and place is None else checked
+    complete = own.with_batches(found.world_size)
+    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
+        complete = complete.model_copy(update={"ckpt_path": str(run.path)})
     spec = complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
@@ -116,8 +140,8 @@ def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
         path = checkpoint.find(complete.ckpt_path).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run = open_run(complete, found, name, again=before is not None)
-    if found.started_by == "distnorm" or sweeping:
+    run_dir.open_run(complete, found, run, again=again)
+    if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
 
         local.start_ranks(sys.argv[0], run, found.world_size)
@@ -127,12 +151,10 @@ def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
         train(complete, found, run)
 
 
-def _going_on(run: RunFolder) -> Settings:
-    """Take a restarted run's own settings, whatever conf/ says by now, and its newest checkpoint if it has one."""
+def _own_settings(run: RunFolder) -> Settings:
+    """Read what a run was started with, whatever conf/ says by now; on other ranks the global batch stays."""
     own = run.read_settings()
-    data = {**own.data, "device_batch": None}  # on another number of ranks the global batch stays
-    written = any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt"))
-    return own.model_copy(update={"data": data, "ckpt_path": str(run.path)} if written else {"data": data})
+    return own.model_copy(update={"data": {**own.data, "device_batch": None}})
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:

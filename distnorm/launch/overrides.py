@@ -55,8 +55,13 @@ def _unknown_key(path: str, conf: Path) -> str:
     if f"{path}.".startswith("norm.layers."):
         return f"{path} cannot be set so. {_LAYERS}"
     parent, _, key = path.rpartition(".")
-    if parent == "trainer.lightning":
-        return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
+    if "trainer.lightning" in (path, parent):
+        added = path if parent == "trainer.lightning" else f"{path}.<argument>"
+        return f"{path} is passed on to lightning.Trainer: add each argument with a plus, +{added}=…"
+    elsewhere = _choices_with(parent, key, conf)
+    if elsewhere:
+        several = " or ".join(f"{parent}={choice}" for choice in elsewhere)
+        return f"{path} is a key of {several}, not of the {parent} chosen here. Use {several}, or leave it out."
     keys = _known_keys(conf)
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     near = did_you_mean(key, siblings)
@@ -66,6 +71,12 @@ def _unknown_key(path: str, conf: Path) -> str:
     of = f"Keys of {parent}" if parent and siblings else "Groups and keys"
     choices = siblings or [known for known in keys if "." not in known]
     return f"{path}: there is no such key.{near}\n{of}: {', '.join(choices)}."
+
+
+def _choices_with(group: str, key: str, conf: Path) -> list[str]:
+    """Name the choices of a group with targets that have a key: it was right, and the choice another."""
+    files = sorted((conf / group).glob("[!_]*.yaml")) if group in _TARGET_GROUPS else []
+    return [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
 
 
 def _known_keys(conf: Path) -> list[str]:

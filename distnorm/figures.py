@@ -1,0 +1,49 @@
+"""How figures of runs look: colours for colour-blind readers too, quiet axes; loads matplotlib when drawing."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Okabe & Ito's colours
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+_STYLE: Any = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.hashsalt": "distnorm",
+}
+
+
+@contextlib.contextmanager
+def drawn(folder: Path, panels: int, width: float, height: float) -> Iterator[tuple[Any, Any]]:
+    """Open a figure of some panels in a row, and write it as `figure.svg` and `figure.png` when the block ends.
+
+    Args:
+        folder: takes the two files.
+        panels: how many axes.
+        width: of the figure, inches.
+        height: of the figure, inches.
+
+    Yields:
+        The figure, and its axes from left to right.
+    """
+    import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end of a run
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    with mpl.rc_context(_STYLE):
+        figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
+        yield figure, axes[0]
+        figure.savefig(folder / "figure.svg", metadata={"Date": None})
+        figure.savefig(folder / "figure.png", dpi=96)
+        plt.close(figure)
