@@ -44,6 +44,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/ctld.pid
 SlurmdPidFile={folder}/%n.pid
+FirstJobId={first}
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SwitchType=switch/none
@@ -111,7 +112,9 @@ class Cluster:
     def _write_configuration(self):
         host = socket.gethostname().split(".")[0]
         ports = _free_ports(1 + len(self.names))
-        text = _CONF.format(host=host, port=ports[0], user=getpass.getuser(), folder=self.folder, grace_s=GRACE_S)
+        first = 1 + 100 * (os.getpid() % 199)  # the scripts make a port of it, and two clusters may be at work
+        user = getpass.getuser()
+        text = _CONF.format(host=host, port=ports[0], user=user, folder=self.folder, grace_s=GRACE_S, first=first)
         text += "".join(_NODE.format(name=n, host=host, port=p) for n, p in zip(self.names, ports[1:], strict=True))
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-3]\n")

@@ -76,7 +76,7 @@ LADDER = [
     ["study.table"],
     ["study.claims", "study.figure"],
     ["study.conduct", "sweep"],
-    ["launch.entry"],
+    ["launch.entry", "launch.slurm"],
     ["cli"],
 ]
 HEAVY = {

@@ -32,9 +32,9 @@ def found(tmp_path, monkeypatch):
 
 def opened(found, ranks, environ):
     """What each rank does at the start."""
-    name = run_dir.name_run(found, ranks, environ)
-    before = run_dir.restarted(found, name, environ)
-    return run_dir.open_run(found, ranks, name, again=before is not None)
+    run = run_dir.locate(found, ranks, environ)
+    run_dir.open_run(found, ranks, run, again=run_dir.has_restarted(run, environ))
+    return run
 
 
 def test_two_runs_of_one_second_have_folders_of_their_own(found):
@@ -96,11 +96,12 @@ def test_where_a_person_types_each_run_has_its_own(found, job):
 
 
 def test_a_first_start_does_not_go_on_and_neither_does_a_requeued_one_that_never_began(found):
-    name = opened(found, ALONE, {}).path.name
-    assert run_dir.restarted(found, name, {}) is None
-    assert run_dir.restarted(found, name, {"SLURM_RESTART_COUNT": "0"}) is None
-    assert run_dir.restarted(found, name, {"SLURM_RESTART_COUNT": "1"}).path.name == name
-    assert run_dir.restarted(found, "slurm-78-0", {"SLURM_RESTART_COUNT": "1"}) is None
+    run = opened(found, ALONE, {})
+    assert not run_dir.has_restarted(run, {})
+    assert not run_dir.has_restarted(run, {"SLURM_RESTART_COUNT": "0"})
+    assert run_dir.has_restarted(run, {"SLURM_RESTART_COUNT": "1"})
+    assert run_dir.has_restarted(run, {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert not run_dir.has_restarted(run_dir.RunFolder(run.path / "none"), {"SLURM_RESTART_COUNT": "1"})
 
 
 def test_what_ended_the_run_before_is_gone_at_the_start(found):

@@ -16,9 +16,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks, requeue, signals
+from distnorm.launch import console, overrides, ranks, requeue, run_dir, signals
 from distnorm.launch.endings import RunInterruptedError
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, name_run, open_run, restarted
+from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
@@ -124,14 +124,18 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     Args:
         train: trains on this rank.
         checked: the settings.
-        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one.
+        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one, or that of a run
+            that SLURM or torchrun has started again.
     """
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
     found = ranks.find(checked.trainer)
-    name = name_run(checked, found) if place is None else str(place.path)
-    before = restarted(checked, name) if place is None else place if place.has_begun else None
-    complete = (checked if before is None else _going_on(before)).with_batches(found.world_size)
+    run = place or run_dir.locate(checked, found)
+    again = place is not None or run_dir.has_restarted(run)
+    own = _own_settings(run) if again and place is None else checked
+    complete = own.with_batches(found.world_size)
+    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
+        complete = complete.model_copy(update={"ckpt_path": str(run.path)})
     spec = complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
@@ -142,7 +146,7 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         path = checkpoint.find(complete.ckpt_path).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run = open_run(complete, found, name, again=before is not None)
+    run_dir.open_run(complete, found, run, again=again)
     if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
 
@@ -184,12 +188,10 @@ def _leave(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
-def _going_on(run: RunFolder) -> Settings:
-    """Take a restarted run's own settings, whatever conf/ says by now, and its newest checkpoint if it has one."""
+def _own_settings(run: RunFolder) -> Settings:
+    """Read what a run was started with, whatever conf/ says by now; on other ranks the global batch stays."""
     own = run.read_settings()
-    data = {**own.data, "device_batch": None}  # on another number of ranks the global batch stays
-    written = any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt"))
-    return own.model_copy(update={"data": data, "ckpt_path": str(run.path)} if written else {"data": data})
+    return own.model_copy(update={"data": {**own.data, "device_batch": None}})
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:

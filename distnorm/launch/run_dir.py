@@ -66,11 +66,6 @@ class RunFolder:
         """File of the exception that ended a rank."""
         return self.ranks / f"rank{rank}.error.json"
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether a run was here."""
-        return (self.path / "config.yaml").is_file()
-
     def write_settings(self, settings: Settings) -> None:
         """Keep the resolved configuration: the ranks read it, and so does whoever repeats the run."""
         write_whole(self.path / "config.yaml", settings.to_yaml())
@@ -80,8 +75,8 @@ class RunFolder:
         return from_yaml((self.path / "config.yaml").read_text())
 
 
-def name_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ) -> str:
-    """Name the folder that this run will have, alike on all ranks, and alike when SLURM or torchrun start it again.
+def locate(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ) -> RunFolder:
+    """Say which folder this run has, alike on all ranks, and alike when SLURM or torchrun start it again; make nothing.
 
     A job step of SLURM gives its numbers: `slurm-<job>[_<array task>]-<step>`, under torchrun too where its `--rdzv-id`
     is the job's. A run that a batch script starts without srun is told from others of the job by its settings. Anywhere
@@ -94,21 +89,22 @@ def name_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.e
 
     Collective: under torchrun, rank 0 writes into its store and all read; no training collective.
     """
+    runs = Path(settings.runs_dir).resolve()
     in_step = ranks.started_by == "slurm" or (
         ranks.started_by == "torchrun" and environ.get("TORCHELASTIC_RUN_ID") == environ.get("SLURM_JOB_ID")
     )
     if in_step:
-        return f"{job_name(environ)}-{environ.get('SLURM_STEP_ID', '0')}"
+        return RunFolder(runs / f"{job_name(environ)}-{environ.get('SLURM_STEP_ID', '0')}")
     name = f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
     if "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE:
         of_job = f"{job_name(environ)}-{hashlib.sha256(settings.to_yaml().encode()).hexdigest()[:6]}"
-        taken = _restarts(environ) == 0 and (Path(settings.runs_dir) / of_job).exists()
+        taken = _restarts(environ) == 0 and (runs / of_job).exists()
         name = name if taken else of_job  # the same run once more is another run
     if ranks.started_by == "torchrun":
         key = f"distnorm/run/{environ['TORCHELASTIC_RUN_ID']}"  # the store outlives a restart
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
         name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
-    return name
+    return RunFolder(runs / name)
 
 
 def job_name(environ: Mapping[str, str] = os.environ) -> str:
@@ -117,33 +113,29 @@ def job_name(environ: Mapping[str, str] = os.environ) -> str:
     return f"slurm-{environ.get('SLURM_ARRAY_JOB_ID', environ['SLURM_JOB_ID'])}{array}"
 
 
-def restarted(settings: Settings, name: str, environ: Mapping[str, str] = os.environ) -> RunFolder | None:
-    """Find the folder that a requeued SLURM job, or ranks that torchrun starts again, go on in."""
-    if _restarts(environ) == 0:
-        return None
-    run = RunFolder((Path(settings.runs_dir) / name).resolve())
-    return run if run.has_begun else None
+def has_restarted(run: RunFolder, environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether a requeued SLURM job, or ranks that torchrun starts again, go on in this folder."""
+    return _restarts(environ) > 0 and (run.path / "config.yaml").is_file()
 
 
 def _restarts(environ: Mapping[str, str]) -> int:
     return sum(int(environ.get(count, "0")) for count in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
-def open_run(settings: Settings, ranks: Ranks, name: str, *, again: bool = False) -> RunFolder:
+def open_run(settings: Settings, ranks: Ranks, run: RunFolder, *, again: bool = False) -> None:
     """Make the run's folder, or enter the one that the first rank has made.
 
     Args:
         settings: what the first rank writes down.
         ranks: who takes part.
-        name: of the folder in `runs_dir`, from `name_run`; or its whole path.
-        again: go on in a folder that exists.
+        run: the folder, from `locate`.
+        again: go on in a folder that may exist.
 
     Raises:
         ConfigError: the folder cannot be written, or is another run's: a cluster that was set up anew counts its jobs
             from 1.
     """
-    run = RunFolder((Path(settings.runs_dir) / name).resolve())
-    if ranks.is_first and not again and run.has_begun:
+    if ranks.is_first and not again and (run.path / "config.yaml").exists():
         raise ConfigError(
             f"{str(run.path)!r} is the folder of another run already, and runs never share one. "
             "Move it away, or give another place, e.g. runs_dir=runs2."
@@ -160,22 +152,6 @@ def open_run(settings: Settings, ranks: Ranks, name: str, *, again: bool = False
             f"runs_dir={settings.runs_dir!r} takes no run folder: {error.strerror}. "
             "Give a folder that every rank can write, e.g. runs_dir=/scratch/me/runs.",
         ) from None
-    return run
-
-
-def _name(ranks: Ranks, environ: Mapping[str, str]) -> str:
-    """Name a run's folder, alike on all its ranks."""
-    name = f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
-    if ranks.started_by == "slurm":
-        array = f"_{environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in environ else ""
-        job = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])
-        restarts = f"-r{environ['SLURM_RESTART_COUNT']}" if environ.get("SLURM_RESTART_COUNT", "0") != "0" else ""
-        name = f"slurm-{job}{array}-{environ.get('SLURM_STEP_ID', '0')}{restarts}"
-    elif ranks.started_by == "torchrun" and ranks.world_size > 1:
-        address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
-        name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
-    return name
 
 
 def write_whole(path: Path, text: str) -> None:
