@@ -102,9 +102,9 @@ class BestCheckpoint(ModelCheckpoint):
         self.best_k_models = {path: score}
 
 
-def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> tuple[BestCheckpoint, LastCheckpoint]:
+def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> list[Callback]:
     """Make the callbacks that write both checkpoints."""
-    return BestCheckpoint(run, resumed_from), LastCheckpoint(run)
+    return [BestCheckpoint(run, resumed_from), LastCheckpoint(run)]
 
 
 def test(

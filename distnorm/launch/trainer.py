@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
-from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from distnorm.launch.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks
 from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
@@ -47,7 +47,8 @@ def make_trainer(
     """
     console.quiet_libraries()  # Lightning sets its own level when it is imported
     set_threads(settings, ranks)
-    best, last = checkpoint_callbacks(run, resumed_from)
+    checkpoints = checkpoint_callbacks(run, resumed_from)
+    last = next(callback for callback in checkpoints if isinstance(callback, LastCheckpoint))
     told = Preemption(
         run,
         last.save,
@@ -68,7 +69,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, last, told, best],
+        "callbacks": [*callbacks, *checkpoints, told],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
