@@ -66,7 +66,7 @@ def _compose_and_start(train: Train, config: Path) -> None:
         raise ConfigError(overrides.in_words(error, config.parent)) from None
     for composed, changes in single:
         checked = settings.check(composed)
-        if checked.study is None:
+        if checked.study is None and checked.search is None:
             _start(train, checked, sweeping=False)
         else:
             _conduct(train, checked, config, changes)
@@ -75,20 +75,28 @@ def _compose_and_start(train: Train, config: Path) -> None:
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
-    """Conduct a study: runs of this experiment with changes of each row's own, in processes of their own."""
+    """Conduct a study or a search: runs of this experiment with changes of their own, in processes of their own."""
     from distnorm.launch.compose import composed  # noqa: PLC0415
-    from distnorm.study.conduct import conduct  # noqa: PLC0415 — what a single run does not need
+    from distnorm.search.conduct import conduct as search  # noqa: PLC0415 — what a single run does not need
+    from distnorm.study.conduct import conduct as study  # noqa: PLC0415
 
     found = ranks.find(checked.trainer)
+    what = "study" if checked.search is None else "search"
     if found.started_by in ("torchrun", "slurm"):
         raise ConfigError(
-            f"A study starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
-            "Start it with: python train.py experiment=…"
+            f"A {what} starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
+            f"Start it with: python train.py {'experiment' if what == 'study' else 'search'}=…"
         )
+    if checked.study is not None and checked.search is not None:
+        raise ConfigError(
+            "This experiment is a study of many runs already, and cannot be searched. Leave out search=…."
+        )
+    kept = [change for change in changes if not overrides.is_of("search", change)]
 
-    def compose(of_row: Sequence[str]) -> Settings:
-        return composed(config, [*changes, *of_row, "study=null"])
+    def compose(of_run: Sequence[str]) -> Settings:
+        return composed(config, [*kept, *of_run, "study=null"])
 
+    conduct = study if what == "study" else search
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 
@@ -96,8 +104,9 @@ def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
     """Check all that can be checked without ranks, then run here or start them."""
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
-    if checked.study is not None:
-        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
+    if checked.study is not None or checked.search is not None:
+        what = "experiment is a study" if checked.search is None else "command is a search"
+        raise ConfigError(f"-m sweeps over runs, and this {what} of many already. Leave out -m.")
     found = ranks.find(checked.trainer)
     if sweeping and found.started_by in ("torchrun", "slurm"):
         raise ConfigError(

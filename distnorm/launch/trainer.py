@@ -24,6 +24,7 @@ from distnorm.launch import console
 from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
+from distnorm.search import rungs
 from distnorm.settings import TrainerSettings
 
 
@@ -61,7 +62,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *checkpoint_callbacks(run, resumed_from)],
+        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoint_callbacks(run, resumed_from)],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),

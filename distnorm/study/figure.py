@@ -8,9 +8,9 @@ from distnorm.study.design import Design, Panel
 from distnorm.study.table import Table
 
 # Okabe & Ito's colours, that colour-blind readers tell apart
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-_STYLE: Any = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
     "axes.grid": True,
@@ -42,7 +42,7 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     panels = design.figure.panels
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(1, len(panels), figsize=(max(7.4, 1 + 4.4 * len(panels)), 4.2), squeeze=False)
         for panel, one in zip(panels, axes[0], strict=True):
             if panel.bars:
@@ -68,7 +68,7 @@ def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
     column = str(panel.column)
     series = design.figure.series or list(dict.fromkeys(map(design.series, design.rows)))
     for index, name in enumerate(series):
-        colour, marker = _COLOURS[index % 7], _MARKERS[index % 7]
+        colour, marker = COLOURS[index % 7], _MARKERS[index % 7]
         rows = [row for row in design.rows if design.series(row) == name and table.of(row, column).runs]
         placed = sorted((float(design.rows[row].at or 0), row) for row in rows if design.rows[row].at is not None)
         if placed:
@@ -97,7 +97,7 @@ def _bars(axes: Any, panel: Panel, design: Design, table: Table) -> None:
             number = table.at(reference)
             left = place + (index - (len(bars) - 1) / 2) * width
             error = None if math.isnan(number.error) else number.error
-            colour = _COLOURS[names.index(name) % len(_COLOURS)]
+            colour = COLOURS[names.index(name) % len(COLOURS)]
             axes.bar(left, number.value, width, yerr=error, capsize=2, color=colour, label=name)
             if not math.isnan(number.value):
                 top = (left, number.value + (error or 0))
