@@ -67,7 +67,7 @@ def _compose_and_start(train: Train, config: Path) -> None:
         return
     for one, changes in composed:  # none after --help or --cfg
         checked = settings.check(one)
-        if checked.study is None:
+        if checked.study is None and checked.search is None:
             _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
@@ -81,8 +81,8 @@ def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
     good = [one for one, _ in checked if not isinstance(one, DistNormError)]
     if not good:
         raise next(one for one, _ in checked if isinstance(one, DistNormError))
-    if any(one.study is not None for one in good):
-        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
+    if any(one.study is not None or one.search is not None for one in good):
+        raise ConfigError("-m sweeps over runs, and this is a study or a search of many already. Leave out -m.")
     found = ranks.find(good[0].trainer)
     if found.started_by == "torchrun" or (found.started_by == "slurm" and "SLURM_ARRAY_TASK_ID" not in os.environ):
         raise ConfigError(
@@ -101,20 +101,28 @@ def _checked(composed: DictConfig) -> Settings | DistNormError:
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
-    """Conduct a study: runs of this experiment with changes of each row's own, in processes of their own."""
+    """Conduct a study or a search: runs of this experiment with changes of their own, in processes of their own."""
     from distnorm.launch.compose import composed  # noqa: PLC0415
-    from distnorm.study.conduct import conduct  # noqa: PLC0415 — what a single run does not need
+    from distnorm.search.conduct import conduct as search  # noqa: PLC0415 — what a single run does not need
+    from distnorm.study.conduct import conduct as study  # noqa: PLC0415
 
     found = ranks.find(checked.trainer)
+    what = "study" if checked.search is None else "search"
     if found.started_by in ("torchrun", "slurm"):
         raise ConfigError(
-            f"A study starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
-            "Start it with: python train.py experiment=…"
+            f"A {what} starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
+            f"Start it with: python train.py {'experiment' if what == 'study' else 'search'}=…"
         )
+    if checked.study is not None and checked.search is not None:
+        raise ConfigError(
+            "This experiment is a study of many runs already, and cannot be searched. Leave out search=…."
+        )
+    kept = [change for change in changes if not overrides.is_of("search", change)]
 
-    def compose(of_row: Sequence[str]) -> Settings:
-        return composed(config, [*changes, *of_row, "study=null"])
+    def compose(of_run: Sequence[str]) -> Settings:
+        return composed(config, [*kept, *of_run, "study=null"])
 
+    conduct = study if what == "study" else search
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 

@@ -23,6 +23,7 @@ from distnorm.launch.checkpoints import AtomicCheckpointIO, LastCheckpoint, chec
 from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
+from distnorm.search import rungs
 from distnorm.settings import TrainerSettings
 
 
@@ -69,7 +70,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *checkpoints, told],
+        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoints, told],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
