@@ -168,8 +168,8 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
 def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
     """Train in this process, alone or as a rank of torchrun or srun.
 
-    Told to stop, the first rank says so, and asks for the requeue. The process then ends at once: a destructor of its
-    process group might abort it, and change its exit code.
+    Told to stop, the first rank says so, asks for the requeue, and has the exit code. Every process then ends at once:
+    a destructor of its process group might abort it, and change its exit code.
     """
     with signals.listening():
         try:
@@ -177,7 +177,7 @@ def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFol
         except RunInterruptedError as error:
             _close_wandb()
             if not found.is_first:
-                _leave(error.exit_code)
+                _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
             ending = requeue.requeue(error)
             print(ending, file=sys.stderr)
             _leave(ending.exit_code)
@@ -187,7 +187,8 @@ def _close_wandb() -> None:
     """Let wandb write what it holds, where it was loaded."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish()
+        with contextlib.suppress(Exception):  # its process may have been told too, and have gone
+            wandb.finish()
 
 
 def _leave(exit_code: int) -> NoReturn:
