@@ -68,7 +68,7 @@ LADDER = [
     ["settings", "callbacks", "resume", "drift.history", "wandb_media"],
     ["drift.report"],
     ["launch.ranks"],
-    ["launch.run_dir", "launch.console", "launch.endings"],
+    ["launch.run_dir", "launch.console", "launch.endings", "launch.checkpoint_files"],
     ["wandb_logger"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],
     ["launch.trainer", "launch.compose", "study.cells", "study.workers", "study.measure"],
