@@ -65,7 +65,7 @@ class LastCheckpoint(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the lowest validation loss, over a resume too: the new folder starts with the old best.
+    """Keep the checkpoint with the lowest validation loss, over a resume too: a new folder starts with the old best.
 
     Lightning forgets the best score whenever the folder changes, as it does at every resume.
 
@@ -87,8 +87,7 @@ class BestCheckpoint(ModelCheckpoint):
         if before is None or score is None or not before.is_file():
             return
         path = str(Path(str(self.dirpath)) / "best.ckpt")
-        is_here = before.resolve() == Path(path).resolve()  # a requeue goes on in the old folder
-        if getattr(rank_zero_only, "rank", 0) == 0 and not is_here:
+        if getattr(rank_zero_only, "rank", 0) == 0 and before.resolve() != Path(path).resolve():
             partial = f"{path}.partial"
             shutil.copyfile(before, partial)
             Path(partial).replace(path)

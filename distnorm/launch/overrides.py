@@ -19,7 +19,7 @@ _LAYERS = (
     "that an experiment has."
 )
 _PLAIN_GROUPS = ("norm", "trainer", "drift", "logger")
-_TARGET_GROUPS = ("data", "model", "task", "optimizer")
+_TARGET_GROUPS = ("data", "model", "task", "optimizer", "search")
 
 
 def in_words(error: Exception, conf: Path) -> str:
@@ -50,13 +50,23 @@ def in_words(error: Exception, conf: Path) -> str:
     return "\n".join(line[:200] for line in lines[:3])
 
 
+def is_of(group: str, change: str) -> bool:
+    """Tell whether a change, as typed, chooses a group or sets a key below it."""
+    return re.match(rf"[+~]*{group}(@[^=]*)?([.=]|$)", change) is not None
+
+
 def _unknown_key(path: str, conf: Path) -> str:
     """Suggest the key that was meant, from the keys of conf/ as they are."""
     if f"{path}.".startswith("norm.layers."):
         return f"{path} cannot be set so. {_LAYERS}"
     parent, _, key = path.rpartition(".")
-    if parent == "trainer.lightning":
-        return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
+    if "trainer.lightning" in (path, parent):
+        added = path if parent == "trainer.lightning" else f"{path}.<argument>"
+        return f"{path} is passed on to lightning.Trainer: add each argument with a plus, +{added}=…"
+    elsewhere = _choices_with(parent, key, conf)
+    if elsewhere:
+        several = " or ".join(f"{parent}={choice}" for choice in elsewhere)
+        return f"{path} is a key of {several}, not of the {parent} chosen here. Use {several}, or leave it out."
     keys = _known_keys(conf)
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     near = did_you_mean(key, siblings)
@@ -66,6 +76,12 @@ def _unknown_key(path: str, conf: Path) -> str:
     of = f"Keys of {parent}" if parent and siblings else "Groups and keys"
     choices = siblings or [known for known in keys if "." not in known]
     return f"{path}: there is no such key.{near}\n{of}: {', '.join(choices)}."
+
+
+def _choices_with(group: str, key: str, conf: Path) -> list[str]:
+    """Name the choices of a group with targets that have a key: it was right, and the choice another."""
+    files = sorted((conf / group).glob("[!_]*.yaml")) if group in _TARGET_GROUPS else []
+    return [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
 
 
 def _known_keys(conf: Path) -> list[str]:

@@ -11,6 +11,9 @@ import torch
 from distnorm.errors import ConfigError
 from distnorm.settings import TrainerSettings
 
+INTERACTIVE = ("bash", "interactive")
+"""Names of SLURM jobs in which a person types: commands there start runs of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -71,6 +74,11 @@ def find(trainer: TrainerSettings, environ: Mapping[str, str] = os.environ) -> R
     return Ranks(devices, devices, 1, 0, 0, "distnorm" if devices > 1 else "nobody", accelerator)
 
 
+def is_task(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether torchrun or srun have started this process, with others or alone."""
+    return "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" in environ
+
+
 def _accelerator(trainer: TrainerSettings) -> Literal["cpu", "gpu"]:
     available = torch.cuda.is_available()
     if trainer.accelerator == "gpu" and not available:
@@ -93,7 +101,7 @@ def _local_devices(trainer: TrainerSettings, accelerator: str) -> int:
 
 
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    interactive = environ.get("SLURM_JOB_NAME") in INTERACTIVE
     return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1 and not interactive
 
 

@@ -20,9 +20,11 @@ from lightning.pytorch.strategies import DDPStrategy
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
 from distnorm.launch.checkpoint_files import AtomicCheckpointIO
-from distnorm.launch.checkpoints import checkpoint_callbacks
+from distnorm.launch.checkpoints import LastCheckpoint, checkpoint_callbacks
+from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
+from distnorm.search import rungs
 from distnorm.settings import TrainerSettings
 
 
@@ -34,7 +36,7 @@ def make_trainer(
     callbacks: list[Callback],
     resumed_from: str | None,
 ) -> pl.Trainer:
-    """Make the trainer: DDP over the ranks that exist, without any broadcast of buffers, and two checkpoints.
+    """Make the trainer: DDP over the ranks that exist, no broadcast of buffers, two checkpoints, an end when told.
 
     Args:
         settings: the group `trainer`.
@@ -47,6 +49,15 @@ def make_trainer(
     """
     console.quiet_libraries()  # Lightning sets its own level when it is imported
     set_threads(settings, ranks)
+    checkpoints = checkpoint_callbacks(run, resumed_from)
+    last = next(callback for callback in checkpoints if isinstance(callback, LastCheckpoint))
+    told = Preemption(
+        run,
+        last.save,
+        every_s=settings.checkpoint_every_s,
+        time_limit_s=settings.time_limit_s,
+        requeue=settings.requeue,
+    )
     ours: dict[str, Any] = {
         "accelerator": ranks.accelerator,
         "devices": ranks.per_node,
@@ -60,7 +71,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *checkpoint_callbacks(run, resumed_from)],
+        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoints, told],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
