@@ -69,7 +69,7 @@ LADDER = [
     ["settings", "search.design", "callbacks", "resume", "drift.history", "wandb_media"],
     ["drift.report", "search.plan"],
     ["launch.ranks", "figures"],
-    ["launch.run_dir", "launch.console", "launch.endings", "launch.signals"],
+    ["launch.run_dir", "launch.console", "launch.endings", "launch.signals", "launch.checkpoint_files"],
     ["launch.preemption", "launch.requeue"],
     ["wandb_logger", "search.rungs", "search.claims", "search.folder"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],

@@ -151,7 +151,7 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         data.describe(found.world_size)
     settings.check_fit(complete, data)
     if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path).resolve()
+        path = checkpoint.find(complete.ckpt_path, warn=found.is_first).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
     run_dir.open_run(complete, found, run, again=again)
