@@ -56,12 +56,17 @@ REPORT: Mapping[str, Mapping[str, Any]] = {
 }
 """Arguments of `distnorm report`: those of `distnorm.drift.report.command.report`."""
 
+DOCTOR: Mapping[str, Mapping[str, Any]] = {
+    "changes": {"nargs": "*", "metavar": "override", "help": "as train.py takes them: trainer=slurm norm=sync"},
+}
+"""Arguments of `distnorm doctor`: those of `distnorm.launch.doctor`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer `distnorm --version`, `distnorm decide`, `distnorm calibrate` and `distnorm report`."""
+    """Answer `distnorm --version` and the commands `decide`, `calibrate`, `report` and `doctor`."""
     parser = argparse.ArgumentParser(prog="distnorm", description=distnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"distnorm {distnorm.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="decide | calibrate | report")
+    commands = parser.add_subparsers(required=True, metavar="decide | calibrate | report | doctor")
     usage = "distnorm decide --device-batch N --ranks N [more; see distnorm decide --help]"
     decide = commands.add_parser("decide", usage=usage, help="say which samples share statistics, and why")
     decide.add_argument("--json", action="store_true", help="print the decision as JSON")
@@ -76,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for argument, options in REPORT.items():
         report.add_argument(argument, **options)
     report.set_defaults(answer=_report)
+    doctor = commands.add_parser("doctor", help="check a launch as the start of a run does: srun distnorm doctor …")
+    for argument, options in DOCTOR.items():
+        doctor.add_argument(argument, **options)
+    doctor.set_defaults(answer=_doctor)
     asked = vars(parser.parse_args(arguments))
     try:
         asked.pop("answer")(**asked)
@@ -106,6 +115,14 @@ def _report(**asked: Any) -> None:
     from distnorm.drift.report.command import report  # noqa: PLC0415 — likewise
 
     print(*report(read=history.read, **asked), sep="\n")
+
+
+def _doctor(*, changes: Sequence[str]) -> None:
+    from distnorm.launch import doctor as doctors  # noqa: PLC0415 — loads Hydra
+
+    console.quiet_libraries()
+    if not doctors.report(changes):
+        raise SystemExit(2)
 
 
 def _dumps(values: dict[str, Any]) -> str:

@@ -19,3 +19,16 @@ class RunInterruptedError(DistNormError):
     def __init__(self, message: str, exit_code: int = STOPPED) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class RefusedError(DistNormError):
+    """A run was refused before it began, on all ranks alike.
+
+    Args:
+        message: what is wrong, and what to type instead.
+        aloud: this rank says it; of those that share a console one is enough.
+    """
+
+    def __init__(self, message: str, *, aloud: bool = True) -> None:
+        super().__init__(message)
+        self.aloud = aloud

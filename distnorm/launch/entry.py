@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import console, overrides, ranks
+from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
 from distnorm.settings import Settings
 
@@ -120,9 +121,22 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         checked: the settings.
         place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one.
     """
+    found = ranks.find(checked.trainer)
+    with Preflight(found, checked.trainer.timeout_s) as preflight:
+        complete, run = _open(checked, found, place)
+        preflight.check(complete, run)
+    if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
+        from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
+
+        local.start_ranks(sys.argv[0], run, found.world_size)
+    else:
+        train(complete, found, run)
+
+
+def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tuple[Settings, RunFolder]:
+    """Check what this rank can by itself, and open the run's folder; the settings, resolved."""
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
-    found = ranks.find(checked.trainer)
     complete = checked.with_batches(found.world_size)
     if place is not None and complete.ckpt_path is None and any(place.checkpoints.glob("*.ckpt")):
         complete = complete.model_copy(update={"ckpt_path": str(place.path)})
@@ -136,13 +150,7 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         path = checkpoint.find(complete.ckpt_path).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run = open_run(complete, found, place=place)
-    if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
-        from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
-
-        local.start_ranks(sys.argv[0], run, found.world_size)
-    else:
-        train(complete, found, run)
+    return complete, open_run(complete, found, place=place)
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:
@@ -152,6 +160,8 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
     try:
+        with Preflight(found, checked.trainer.timeout_s) as preflight:
+            preflight.check(checked, run)
         train(checked, found, run)
     except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
         local.note_failure(run, found.rank, error)

@@ -12,7 +12,6 @@ import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
-    SLURMEnvironment,
     TorchElasticEnvironment,
 )
 from lightning.pytorch.callbacks import Callback
@@ -22,6 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
 from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from distnorm.launch.environment import FoundRanks
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import TrainerSettings
@@ -141,5 +141,5 @@ def make_ddp(timeout_s: float) -> DDPStrategy:
 
 def _environment(ranks: Ranks) -> ClusterEnvironment:
     if ranks.started_by == "slurm":
-        return SLURMEnvironment(auto_requeue=False)
+        return FoundRanks(ranks)
     return TorchElasticEnvironment() if ranks.started_by == "torchrun" else LightningEnvironment()
