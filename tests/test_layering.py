@@ -74,7 +74,7 @@ LADDER = [
     ["study.table", "launch.doctor"],
     ["study.claims", "study.figure"],
     ["study.conduct", "sweep"],
-    ["launch.entry"],
+    ["launch.entry", "launch.slurm"],
     ["cli"],
 ]
 HEAVY = {

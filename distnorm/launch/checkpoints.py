@@ -70,7 +70,7 @@ class LastCheckpoint(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the lowest validation loss, over a resume too: the new folder starts with the old best.
+    """Keep the checkpoint with the lowest validation loss, over a resume too: a new folder starts with the old best.
 
     Lightning forgets the best score whenever the folder changes, as it does at every resume.
 
@@ -90,7 +90,7 @@ class BestCheckpoint(ModelCheckpoint):
         if before is None or score is None or not before.is_file():
             return
         path = str(Path(str(self.dirpath)) / "best.ckpt")
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0 and before.resolve() != Path(path).resolve():
             partial = f"{path}.partial"
             shutil.copyfile(before, partial)
             Path(partial).replace(path)

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -44,6 +45,16 @@ def fail(error: DistNormError) -> NoReturn:
     if error.aloud:
         print(error, file=sys.stderr)
     raise SystemExit(error.exit_code)
+
+
+def leave_to(file: Path) -> None:
+    """Let all that this process prints go to a file from here on, at its end; what it starts inherits that."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> None:

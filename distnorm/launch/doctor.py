@@ -40,7 +40,8 @@ def examine(changes: Sequence[str], config: Path = CONFIG) -> tuple[list[Finding
     with Preflight(found, settings.trainer.timeout_s) as preflight:
         complete = settings.with_batches(found.world_size)
         name = preflight.agree(f"doctor-{secrets.token_hex(4)}")
-        run = open_run(complete, found, place=RunFolder((Path(settings.runs_dir) / name).resolve()))
+        run = RunFolder((Path(settings.runs_dir) / name).resolve())
+        open_run(complete, found, run)
         findings = preflight.look(complete, run)
         preflight.leave()
     if found.is_first:

@@ -15,9 +15,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks
+from distnorm.launch import console, overrides, ranks, run_dir
 from distnorm.launch.preflight import Preflight
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
+from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
@@ -119,7 +119,8 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     Args:
         train: trains on this rank.
         checked: the settings.
-        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one.
+        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one, or that of a run
+            that SLURM or torchrun has started again.
     """
     found = ranks.find(checked.trainer)
     with Preflight(found, checked.trainer.timeout_s) as preflight:
@@ -130,6 +131,8 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
 
         local.start_ranks(sys.argv[0], run, found.world_size)
     else:
+        if found.rank:
+            console.leave_to(run.log_of(found.rank))
         train(complete, found, run)
 
 
@@ -137,9 +140,12 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
     """Check what this rank can by itself, and open the run's folder; the settings, resolved."""
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
-    complete = checked.with_batches(found.world_size)
-    if place is not None and complete.ckpt_path is None and any(place.checkpoints.glob("*.ckpt")):
-        complete = complete.model_copy(update={"ckpt_path": str(place.path)})
+    run = place or run_dir.locate(checked, found)
+    again = place is not None or run_dir.has_restarted(run)
+    own = _own_settings(run) if again and place is None else checked
+    complete = own.with_batches(found.world_size)
+    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
+        complete = complete.model_copy(update={"ckpt_path": str(run.path)})
     spec = complete.decide(found.world_size, found.per_node)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
@@ -150,7 +156,14 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
         path = checkpoint.find(complete.ckpt_path).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
-    return complete, open_run(complete, found, place=place)
+    run_dir.open_run(complete, found, run, again=again)
+    return complete, run
+
+
+def _own_settings(run: RunFolder) -> Settings:
+    """Read what a run was started with, whatever conf/ says by now; on other ranks the global batch stays."""
+    own = run.read_settings()
+    return own.model_copy(update={"data": {**own.data, "device_batch": None}})
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError
+from distnorm.launch import console
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
 
 _PATIENCE_S = 3
@@ -78,9 +79,7 @@ def become_rank(run: RunFolder, rank: int) -> None:
     """Prepare this process to be a rank: end with the launcher, and leave the console to rank 0."""
     end_with_parent()
     if rank:
-        descriptor = os.open(run.log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
+        console.leave_to(run.log_of(rank))
 
 
 def end_with_parent() -> None:

@@ -11,6 +11,9 @@ import torch
 from distnorm.errors import ConfigError
 from distnorm.settings import TrainerSettings
 
+INTERACTIVE = ("bash", "interactive")
+"""Names of SLURM jobs in which a person types: commands there start runs of their own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -130,7 +133,7 @@ def _in_srun_step(environ: Mapping[str, str]) -> bool:
 
 def _check_alone(devices: int, environ: Mapping[str, str]) -> None:
     """Refuse to start ranks inside a SLURM job whose tasks were meant to be them; a person's shell is free to."""
-    if environ.get("SLURM_JOB_NAME") in ("bash", "interactive") or "SLURM_PTY_PORT" in environ:
+    if environ.get("SLURM_JOB_NAME") in INTERACTIVE or "SLURM_PTY_PORT" in environ:
         return
     if "SLURM_STEP_ID" in environ and devices > 1:
         raise ConfigError(
