@@ -67,6 +67,7 @@ LADDER = [
     ["drift.report"],
     ["launch.ranks", "figures"],
     ["launch.run_dir", "launch.console", "launch.endings", "launch.comparison", "launch.environment"],
+    ["launch.failures"],
     ["launch.preflight"],
     ["wandb_logger"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],

@@ -1,5 +1,6 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks, run_dir
+from distnorm.launch import console, failures, overrides, ranks, run_dir
 from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
@@ -133,7 +134,8 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     else:
         if found.rank:
             console.leave_to(run.log_of(found.rank))
-        train(complete, found, run)
+        with failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext():
+            train(complete, found, run)
 
 
 def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tuple[Settings, RunFolder]:
@@ -172,11 +174,7 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     checked = run.read_settings()
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
-    try:
+    with failures.noted(run, found.rank, aloud=not found.is_first):
         with Preflight(found, checked.trainer.timeout_s) as preflight:
             preflight.check(checked, run)
         train(checked, found, run)
-    except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
-        local.note_failure(run, found.rank, error)
-        sys.stdout.flush()
-        os._exit(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive

@@ -22,10 +22,11 @@ import torch
 import distnorm
 from distnorm.collectives import come_together
 from distnorm.errors import DistNormError, GroupError
+from distnorm.launch import failures
 from distnorm.launch.comparison import Answer, Finding, compare, in_words_by_host
 from distnorm.launch.endings import RefusedError
 from distnorm.launch.ranks import Ranks, meeting_place
-from distnorm.launch.run_dir import RunFolder, code_hash, write_json, write_whole
+from distnorm.launch.run_dir import RunFolder, code_hash, write_whole
 from distnorm.settings import Settings
 
 _ROOM_BYTES = 16 * 2**20
@@ -111,8 +112,7 @@ class Preflight:
             self._meeting.leave()
             raise
         if self._world_size > 1 and self._ranks.is_first:
-            started = {"time": time.time(), "world_size": self._world_size, "ranks": findings[0].words}
-            write_json(run.ranks / "started.json", started)
+            failures.note_start(run, self._world_size, findings[0].words)
 
     def look(self, settings: Settings, run: RunFolder) -> list[Finding]:
         """Compare the ranks, and say what was found; see `check`."""
