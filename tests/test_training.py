@@ -11,8 +11,9 @@ from distnorm import ConfigError
 from distnorm.launch.checkpoints import AtomicCheckpointIO
 from distnorm.launch.ranks import find
 from distnorm.launch.run_dir import RunFolder
-from distnorm.launch.trainer import check_passthrough, make_trainer, seed_rank, seed_weights, set_threads
+from distnorm.launch.trainer import check_passthrough, make_trainer, set_threads
 from distnorm.models import ResNet
+from distnorm.random_state import seed_rank, seed_weights
 from distnorm.tasks import Classification
 from tests.runs import composed
 

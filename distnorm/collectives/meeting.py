@@ -186,9 +186,12 @@ def _connect(address: str, port: int, timeout_s: float) -> Any:
     """Connect in a thread of its own: with anything but a store at the other end torch waits for ever."""
     found: list[Any] = []
     timeout = dt.timedelta(seconds=max(timeout_s, 1))
-    thread = threading.Thread(
-        target=lambda: found.append(dist.TCPStore(address, port, is_master=False, timeout=timeout)), daemon=True
-    )
+
+    def connect() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(dist.TCPStore(address, port, is_master=False, timeout=timeout))
+
+    thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(_ANSWER_S)
     if not found:

@@ -3,7 +3,6 @@
 `best.ckpt` has the lowest validation loss (accuracy ties, and would keep the earliest), `last.ckpt` the end.
 """
 
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -12,12 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from distnorm.launch.run_dir import RunFolder
-
-_log = logging.getLogger(__name__)
+from distnorm.loop_state import is_between_steps
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -35,38 +32,42 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class LastCheckpoint(Callback):
-    """Save `last.ckpt` after every epoch and when training ends, in the middle of an epoch too.
+    """Save `last.ckpt` after every epoch and when training ends, in the middle of an epoch too, and whenever asked.
 
     Lightning's `save_last` writes only where a *best* checkpoint was written as well (2.6.6).
 
     Args:
         run: the folder.
 
-    Collective: Lightning's own for a checkpoint.
+    Collective: Lightning's own for a checkpoint, and those of the callbacks that add to it.
     """
 
     def __init__(self, run: RunFolder) -> None:
         self._path = run.checkpoints / "last.ckpt"
-        self._saved_at = -1
+        self._saved_at = (-1, -1)
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say so where training stopped in the middle of an epoch: the rest of its samples are not trained on."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if trainer.state.fn == TrainerFn.FITTING and not progress["is_last_batch"] and trainer.is_global_zero:
-            done = progress["current"]["completed"]
-            _log.warning("The checkpoint is from the middle of an epoch, after its step %d: the rest is skipped.", done)
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Save at the end of a batch, from a callback's `on_train_batch_end`; every rank must call, after the same one.
+
+        Returns:
+            Whether it is saved: alike on all ranks. Not where the optimizer has not stepped, because gradients are
+            accumulated over several batches: call again after the next one.
+        """
+        if not is_between_steps(trainer):
+            return False
+        place = (trainer.global_step, trainer.fit_loop.epoch_progress.state_dict()["current"]["processed"])
+        if place != self._saved_at:
+            trainer.save_checkpoint(self._path)
+            self._saved_at = place
+        return True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, where steps were made since the last time; alike on every rank."""
-        if trainer.global_step != self._saved_at:
-            trainer.save_checkpoint(self._path)
-            self._saved_at = trainer.global_step
+        self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the last epoch has added."""
-        self.on_train_epoch_end(trainer, pl_module)
+        self.save(trainer)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -80,7 +81,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, run: RunFolder, resumed_from: str | None) -> None:
-        super().__init__(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
+        # After a validation, not at the end of its epoch: `last.ckpt`, saved there, must know of it.
+        own: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}
+        super().__init__(run.checkpoints, "best", monitor="val/loss", **own)
         self._before = Path(resumed_from).with_name("best.ckpt") if resumed_from else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

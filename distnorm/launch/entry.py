@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -16,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, failures, overrides, ranks, run_dir
+from distnorm.launch import console, failures, overrides, ranks, requeue, run_dir, signals
+from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
@@ -32,11 +33,15 @@ def main(train: Train, config: Path) -> None:
         config: the root of the configuration: `conf/train.yaml`.
     """
     console.quiet_libraries()
+    is_rank = RUN_DIR in os.environ
     try:
-        if RUN_DIR in os.environ:
-            _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
-        else:
-            _compose_and_start(train, config)
+        with signals.listening() if is_rank or ranks.is_task() else contextlib.nullcontext():
+            if is_rank:
+                _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
+            else:
+                _compose_and_start(train, config)
+    except RunInterruptedError as error:
+        console.fail(requeue.requeue(error))
     except DistNormError as error:
         console.fail(error)
 
@@ -63,7 +68,7 @@ def _compose_and_start(train: Train, config: Path) -> None:
         return
     for one, changes in composed:  # none after --help or --cfg
         checked = settings.check(one)
-        if checked.study is None:
+        if checked.study is None and checked.search is None:
             _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
@@ -77,8 +82,8 @@ def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
     good = [one for one, _ in checked if not isinstance(one, DistNormError)]
     if not good:
         raise next(one for one, _ in checked if isinstance(one, DistNormError))
-    if any(one.study is not None for one in good):
-        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
+    if any(one.study is not None or one.search is not None for one in good):
+        raise ConfigError("-m sweeps over runs, and this is a study or a search of many already. Leave out -m.")
     found = ranks.find(good[0].trainer)
     if found.started_by == "torchrun" or (found.started_by == "slurm" and "SLURM_ARRAY_TASK_ID" not in os.environ):
         raise ConfigError(
@@ -97,20 +102,28 @@ def _checked(composed: DictConfig) -> Settings | DistNormError:
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
-    """Conduct a study: runs of this experiment with changes of each row's own, in processes of their own."""
+    """Conduct a study or a search: runs of this experiment with changes of their own, in processes of their own."""
     from distnorm.launch.compose import composed  # noqa: PLC0415
-    from distnorm.study.conduct import conduct  # noqa: PLC0415 — what a single run does not need
+    from distnorm.search.conduct import conduct as search  # noqa: PLC0415 — what a single run does not need
+    from distnorm.study.conduct import conduct as study  # noqa: PLC0415
 
     found = ranks.find(checked.trainer)
+    what = "study" if checked.search is None else "search"
     if found.started_by in ("torchrun", "slurm"):
         raise ConfigError(
-            f"A study starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
-            "Start it with: python train.py experiment=…"
+            f"A {what} starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
+            f"Start it with: python train.py {'experiment' if what == 'study' else 'search'}=…"
         )
+    if checked.study is not None and checked.search is not None:
+        raise ConfigError(
+            "This experiment is a study of many runs already, and cannot be searched. Leave out search=…."
+        )
+    kept = [change for change in changes if not overrides.is_of("search", change)]
 
-    def compose(of_row: Sequence[str]) -> Settings:
-        return composed(config, [*changes, *of_row, "study=null"])
+    def compose(of_run: Sequence[str]) -> Settings:
+        return composed(config, [*kept, *of_run, "study=null"])
 
+    conduct = study if what == "study" else search
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 
@@ -134,8 +147,7 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     else:
         if found.rank:
             console.leave_to(run.log_of(found.rank))
-        with failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext():
-            train(complete, found, run)
+        _train_here(train, complete, found, run)
 
 
 def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tuple[Settings, RunFolder]:
@@ -162,6 +174,38 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
     return complete, run
 
 
+def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
+    """Train in this process, alone or as a rank of torchrun or srun.
+
+    Told to stop, the first rank says so, and asks for the requeue. The process then ends at once: a destructor of its
+    process group might abort it, and change its exit code.
+    """
+    noted = failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext()
+    with noted, signals.listening():
+        try:
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            if not found.is_first:
+                _leave(error.exit_code)
+            ending = requeue.requeue(error)
+            print(ending, file=sys.stderr)
+            _leave(ending.exit_code)
+
+
+def _close_wandb() -> None:
+    """Let wandb write what it holds, where it was loaded."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish()
+
+
+def _leave(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 def _own_settings(run: RunFolder) -> Settings:
     """Read what a run was started with, whatever conf/ says by now; on other ranks the global batch stays."""
     own = run.read_settings()
@@ -174,7 +218,12 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     checked = run.read_settings()
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
-    with failures.noted(run, found.rank, aloud=not found.is_first):
-        with Preflight(found, checked.trainer.timeout_s) as preflight:
-            preflight.check(checked, run)
-        train(checked, found, run)
+    with failures.noted(run, found.rank, aloud=not found.is_first), signals.listening():
+        try:
+            with Preflight(found, checked.trainer.timeout_s) as preflight:
+                preflight.check(checked, run)
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            local.note_ending(run, found.rank, error)
+            _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files

@@ -51,17 +51,22 @@ def noted(run: RunFolder, rank: int, *, aloud: bool = True) -> Iterator[None]:
 
 def note(run: RunFolder, rank: int, error: BaseException) -> None:
     """Leave word of the exception that ends this rank, with the time, so that the first can be found."""
-    text = str(error)
-    write_json(
-        run.error_of(rank),
-        {
-            "time": time.time(),
-            "kind": type(error).__name__,
-            "message": text if isinstance(error, DistNormError) else _short_traceback(error),
-            "lost_peer": isinstance(error, GroupError) or any(word in text for word in _LOST_PEER),
-            "traceback": "".join(traceback.format_exception(error)).splitlines(),
-        },
-    )
+    text, whole = str(error), "".join(traceback.format_exception(error))
+    message = text if isinstance(error, DistNormError) else _short_traceback(error)
+    lost_peer = isinstance(error, GroupError) or any(word in text for word in _LOST_PEER)
+    kind, now = type(error).__name__, time.time()
+    content = {"time": now, "kind": kind, "message": message, "lost_peer": lost_peer, "traceback": whole.splitlines()}
+    if not lost_peer:
+        _tell_torchrun(message, whole, now)
+    write_json(run.error_of(rank), content)
+
+
+def _tell_torchrun(message: str, whole: str, now: float) -> None:
+    """Leave the same word where torchrun looks: its table of failures, printed last, has it then."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        extra = {"py_callstack": whole, "timestamp": str(int(now))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
 def note_start(run: RunFolder, world_size: int, where: str) -> None:

@@ -4,13 +4,18 @@ Each rank is a fresh process of the same script, that reads its configuration fr
 console; the others write to files. When one ends badly the others are ended, and none outlives this process.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import json
 import os
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -18,10 +23,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distnorm.errors import DistNormError
-from distnorm.launch import console, failures
-from distnorm.launch.run_dir import RUN_DIR, RunFolder
+from distnorm.launch import console, failures, signals
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json, write_whole
 
 _PATIENCE_S = 3
+_TIME_TO_SAVE_S = 10
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -34,6 +41,9 @@ class RankError(DistNormError):
 def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
     """Run `num_ranks` processes of `script` on this machine, and wait for them.
 
+    USR1 or TERM to this process asks them to stop, through the run's folder; they are given the time to. Told again
+    after 10 s, it ends them as they are, as Ctrl-C does at once.
+
     Args:
         script: the Python file that each rank executes.
         run: its folder holds the configuration, and takes the ranks' output.
@@ -41,6 +51,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
 
     Raises:
         RankError: a rank ended with an exception or by a signal; all others have been ended.
+        RunInterruptedError: they were told to stop, and have saved.
     """
     with tempfile.TemporaryDirectory(prefix="distnorm-") as scratch:
         config = LaunchConfig(
@@ -54,6 +65,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
             **_shutdown_timeout(),
         )
         os.environ[RUN_DIR] = str(run.path)
@@ -61,7 +73,8 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         started = time.time()
         try:
-            elastic_launch(config, sys.executable)("-u", script)
+            with _passing_on(run):
+                elastic_launch(config, sys.executable)("-u", script)
         except ChildFailedError as error:
             raise RankError(failures.in_words(run, started, _how_ended(error))) from None
         except SignalException as error:
@@ -69,6 +82,30 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
+        _raise_ending(run, started)
+
+
+@contextlib.contextmanager
+def _passing_on(run: RunFolder) -> Iterator[None]:
+    """Ask the ranks to stop when this process is told to: their pids are torch's, and starting up they would die."""
+    told_at: list[float] = []
+
+    def ask(told: int, _: FrameType | None) -> None:
+        told_at.append(time.monotonic())
+        if told_at[-1] - told_at[0] > _TIME_TO_SAVE_S:
+            raise SignalException("told to stop again", signal.Signals(told))
+        write_whole(run.stop, signal.Signals(told).name)  # in one piece: rank 0 looks any time
+
+    before = {told: signal.signal(told, ask) for told in signals.LISTENED}
+    if already := signals.heard():
+        ask(already, None)
+    try:
+        yield
+    finally:
+        for told, handler in before.items():
+            signal.signal(told, handler)
+        if told_at:  # they ended before they looked
+            run.stop.unlink(missing_ok=True)
 
 
 def become_rank(run: RunFolder, rank: int) -> None:
@@ -85,6 +122,24 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if parent == 1 or os.getppid() != parent:  # it died before it could be watched
         raise SystemExit(1)
+
+
+def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
+    """Leave word, on rank 0, that the run was told to stop, for the launcher to say."""
+    if rank == 0:
+        write_json(_ending_of(run), {"message": str(error), "wants_requeue": error.wants_requeue})
+
+
+def _raise_ending(run: RunFolder, started: float) -> None:
+    """Raise what rank 0 left word of, where the ranks ended so."""
+    file = _ending_of(run)
+    if file.exists() and file.stat().st_mtime >= started:
+        note = json.loads(file.read_text())
+        raise RunInterruptedError(note["message"], wants_requeue=note["wants_requeue"])
+
+
+def _ending_of(run: RunFolder) -> Path:
+    return run.ranks / "stopped.json"
 
 
 def _shutdown_timeout() -> dict[str, Any]:

@@ -125,7 +125,8 @@ class Preflight:
         if _failure(findings) is None:
             findings.append(self._ask_for(seal, token, run))
         if self._ranks.is_first:
-            seal.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # then it was never written
+                seal.unlink(missing_ok=True)
         return findings
 
     def _ask(self, problems: dict[str, str], settings: dict[str, Any]) -> list[Finding]:
@@ -180,8 +181,10 @@ def _problems(ranks: Ranks, run: RunFolder) -> dict[str, str]:
 def _folder_problem(ranks: Ranks, run: RunFolder) -> str:
     try:
         probe = run.ranks / f".preflight-{ranks.rank}"
-        probe.write_bytes(bytes(2**20 if ranks.is_first else 2**12))
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(2**20 if ranks.is_first else 2**12))
+        finally:
+            probe.unlink(missing_ok=True)
         free = shutil.disk_usage(run.path).free
     except OSError as error:
         remedy = "Free some room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Make it writable"
