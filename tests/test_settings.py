@@ -246,7 +246,7 @@ def test_ranks_that_torchrun_or_srun_started_are_found():
         assert find(SLURM, asked, "num_nodes=auto") == ranks.Ranks(4, 2, 2, 3, 1, "slurm", "cpu")
     assert find(SLURM | TORCHRUN, "ranks_from=slurm").started_by == "slurm"
     assert not find(TORCHRUN).is_first
-    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "nobody"
+    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "slurm"
 
 
 UNEVEN = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}
