@@ -179,15 +179,18 @@ class Cluster:
         self._wait_for(lambda: self.state(job) in (states or ENDED) + ENDED, timeout_s, f"job {job} stays as it is")
         return not states or self.state(job) in states
 
-    def start_now(self, job):
-        """Start a requeued job, that SLURM lets wait for 2 minutes, once it waits so."""
-        self._wait_for(lambda: self.state(job) == "PENDING", 60, f"job {job} does not wait to start again")
+    def start_now(self, job, restarts=1):
+        """Start a job that was requeued so often, and that SLURM lets wait for 2 minutes, once it waits so."""
+        self._wait_for(
+            lambda: (self.state(job), self.restarts(job)) == ("PENDING", restarts), 100, f"job {job} is not requeued"
+        )
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def requeue_now(self, job):
         """End a job, whatever it does, and start it again."""
+        restarts = self.restarts(job) + 1
         self.call("scontrol", "requeue", job)
-        self.start_now(job)
+        self.start_now(job, restarts)
 
     def cancel(self, job):
         self.call("scancel", job)
