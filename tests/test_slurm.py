@@ -49,7 +49,7 @@ def stub(slurm, tmp_path):
 
 def test_all_arguments_reach_every_rank_as_they_were_typed(slurm, stub):
     job = stub("train", *ODD, codes={}, options=[*ON_TWO, "--cpus-per-task=3"])
-    assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+    slurm.wait(job, "COMPLETED")
     for rank in range(2):
         assert stub.arguments(f"0.0.{rank}") == ["-u", "train.py", "trainer=slurm", *ODD]
         assert f"rank {rank} at 127.0.0.1:{10000 + int(job) % 20000}, 3 cores, 3 threads" in slurm.output(job)
@@ -58,14 +58,14 @@ def test_all_arguments_reach_every_rank_as_they_were_typed(slurm, stub):
 @pytest.mark.parametrize("script", ["train", "torchrun"])
 def test_a_failure_keeps_its_code_and_the_doctor_has_the_last_word(slurm, stub, script):
     job = stub(script, "a b", codes={"0.0": 7})
-    assert slurm.wait(job, "FAILED"), slurm.output(job)
+    slurm.wait(job, "FAILED")
     assert slurm.exit_code(job) == 7
     assert slurm.output(job).splitlines()[-1] == "doctor: -m distnorm.cli doctor --after a b"
 
 
 def test_a_run_that_was_told_to_stop_and_saved_is_not_called_ill(slurm, stub):
     job = stub("train", codes={"0.0": 75})
-    assert slurm.wait(job, "FAILED"), slurm.output(job)
+    slurm.wait(job, "FAILED")
     assert slurm.exit_code(job) == 75
     assert "doctor" not in slurm.output(job)
 
@@ -73,7 +73,7 @@ def test_a_run_that_was_told_to_stop_and_saved_is_not_called_ill(slurm, stub):
 def test_code_76_makes_the_script_requeue_the_job_whose_log_goes_on(slurm, stub):
     job = stub("train", "seed=1", codes={"0.0": 76})
     slurm.start_now(job, restarts=1)
-    assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+    slurm.wait(job, "COMPLETED")
     assert [line for line in slurm.output(job).splitlines() if line.startswith("rank")] == [
         f"rank 0 at 127.0.0.1:{10000 + int(job) % 20000}, 1 cores, 1 threads, attempt 0.{attempt}"
         for attempt in range(2)
@@ -85,7 +85,7 @@ def test_code_76_requeues_that_task_of_an_array_alone(slurm, stub):
     job = stub("sweep", "norm=batch,sync", codes={"0.0": 76}, options=[*ON_CPUS, "--array=0-1"])
     slurm.start_now(f"{job}_0", restarts=1)
     for task in range(2):
-        assert slurm.wait(f"{job}_{task}", "COMPLETED")
+        slurm.wait(f"{job}_{task}", "COMPLETED")
         assert slurm.restarts(f"{job}_{task}") == 1 - task
     assert stub.arguments("1.0.0") == ["-u", "train.py", "-m", "trainer=slurm", "norm=batch,sync"]
 
@@ -110,7 +110,7 @@ def local(tmp_path_factory):
 @pytest.mark.parametrize("script", ["train", "torchrun"])
 def test_two_nodes_train_what_two_local_ranks_train_bit_for_bit(slurm, local, tmp_path, script):
     job = slurm.submit(f"slurm/{script}.sbatch", *TRAINING, f"runs_dir={tmp_path}", options=ON_TWO, RANKS_PER_NODE="1")
-    assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+    slurm.wait(job, "COMPLETED")
     [folder] = tmp_path.iterdir()
     assert folder.name == f"slurm-{job}-0"
     same(RunFolder(folder), local[1], local[0])
@@ -126,7 +126,7 @@ def test_a_requeued_job_goes_on_in_its_folder_from_its_checkpoint(slurm, tmp_pat
     runs.wait_for((run.checkpoints / "last.ckpt").is_file)
     run.stop.touch()  # too late for a run that is killed: it must not stop the next attempt
     slurm.requeue_now(job)
-    assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+    slurm.wait(job, "COMPLETED")
     assert list(tmp_path.iterdir()) == [run.path]
     assert slurm.output(job).count(f"run       {run.path}") == 2
     assert f"resumed   from {run.checkpoints}/last.ckpt" in slurm.output(job)
@@ -146,7 +146,7 @@ def test_submit_starts_a_sweep_as_an_array_and_says_where_it_is(slurm, monkeypat
     words = submit(typed, script="sweep", nodes="1", gpus_per_node="0", cpus_per_task="1", sbatch=[log])
     said = dict(line.split(maxsplit=1) for line in words.splitlines())
     for task in range(2):
-        assert slurm.wait(f"{said['job']}_{task}", "COMPLETED"), slurm.output(f"{said['job']}_{task}")
+        slurm.wait(f"{said['job']}_{task}", "COMPLETED")
     assert said["log"] == f"{slurm.folder}/{said['job']}.out"
     rows = list(csv.DictReader((Path(said["run"]) / "results.csv").open()))
     assert {row["norm"]: row["state"] for row in rows} == {"batch": "done", "group": "done"}
