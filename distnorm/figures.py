@@ -24,17 +24,20 @@ _STYLE: Any = {
 
 
 @contextlib.contextmanager
-def drawn(folder: Path, panels: int, width: float, height: float) -> Iterator[tuple[Any, Any]]:
-    """Open a figure of some panels in a row, and write it as `figure.svg` and `figure.png` when the block ends.
+def drawn(
+    folder: Path, panels: int, width: float, height: float, columns: int | None = None
+) -> Iterator[tuple[Any, list[Any]]]:
+    """Open a figure of some panels, and write it as `figure.svg` and `figure.png` when the block ends.
 
     Args:
         folder: takes the two files.
         panels: how many axes.
         width: of the figure, inches.
         height: of the figure, inches.
+        columns: panels in a row; `None`: all in one.
 
     Yields:
-        The figure, and its axes from left to right.
+        The figure, and its axes, row by row.
     """
     import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end of a run
 
@@ -42,8 +45,11 @@ def drawn(folder: Path, panels: int, width: float, height: float) -> Iterator[tu
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(1, panels, figsize=(width, height), squeeze=False)
-        yield figure, axes[0]
+        across = min(columns or panels, panels)
+        figure, axes = plt.subplots(-(-panels // across), across, figsize=(width, height), squeeze=False)
+        for unused in list(axes.flat)[panels:]:
+            unused.set_visible(False)
+        yield figure, list(axes.flat)[:panels]
         figure.savefig(folder / "figure.svg", metadata={"Date": None})
         figure.savefig(folder / "figure.png", dpi=96)
         plt.close(figure)

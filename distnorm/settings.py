@@ -156,6 +156,7 @@ class Settings(_Strict):
     drift: DriftSettings
     logger: LoggerSettings
     study: Node | None = None
+    search: Node | None = None
 
     @property
     def device_batch(self) -> int:

@@ -2,6 +2,6 @@
 
 import torch
 
-torch.set_num_threads(1)
+from tests.cluster import slurm  # noqa: F401 — a fixture of all test files
 
-pytest_plugins = ["tests.cluster"]
+torch.set_num_threads(1)

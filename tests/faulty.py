@@ -1,6 +1,7 @@
 """Models that go wrong on one rank, for `model._target_=tests.faulty.…`."""
 
 import os
+import time
 
 from torch import Tensor
 
@@ -40,4 +41,18 @@ class BranchesOnRank1(ResNet):
         self.calls += self.training
         if self.calls == 3 and os.environ.get("RANK") == "1":
             super().forward(x)
+        return super().forward(x)
+
+
+class SlowOnRank1(ResNet):
+    """Keeps rank 1 a second longer in three training forwards, from number `DISTNORM_TEST_SLOW_FROM` on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        first = int(os.environ.get("DISTNORM_TEST_SLOW_FROM", "-1"))
+        rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK"))
+        if self.training and rank == "1" and 0 < first <= self.calls < first + 3:
+            time.sleep(1)
         return super().forward(x)

@@ -4,6 +4,8 @@ A layer never holds a process group; it names its ranks (`sync_ranks` or `group_
 copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
 """
 
+from distnorm.collectives.control import Vote as Vote
+from distnorm.collectives.control import start_vote as start_vote
 from distnorm.collectives.exchange import Pending as Pending
 from distnorm.collectives.exchange import agree as agree
 from distnorm.collectives.exchange import gather as gather

@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import settings
 from distnorm.errors import ConfigError
-from distnorm.launch import overrides
+from distnorm.launch import overrides, ranks
 from distnorm.settings import Settings
 
 
@@ -31,3 +31,15 @@ def composed(config: Path, changes: Sequence[str]) -> Settings:
             raise
         raise ConfigError(overrides.in_words(error, config.parent)) from None
     return settings.check(found)
+
+
+def completed(found: Settings) -> Settings:
+    """Fill in what follows from the ranks, and let the policy decide once, to see that it can.
+
+    Raises:
+        ConfigError: the batches disagree with the ranks, or the policy refuses.
+    """
+    there = ranks.find(found.trainer)
+    complete = found.with_batches(there.world_size)
+    complete.decide(there.world_size, there.per_node)
+    return complete

@@ -1,10 +1,11 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distnorm import checkpoint, settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks, run_dir
+from distnorm.launch import console, overrides, ranks, requeue, run_dir, signals
+from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
@@ -30,11 +32,15 @@ def main(train: Train, config: Path) -> None:
         config: the root of the configuration: `conf/train.yaml`.
     """
     console.quiet_libraries()
+    is_rank = RUN_DIR in os.environ
     try:
-        if RUN_DIR in os.environ:
-            _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
-        else:
-            _compose_and_start(train, config)
+        with signals.listening() if is_rank or ranks.is_task() else contextlib.nullcontext():
+            if is_rank:
+                _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
+            else:
+                _compose_and_start(train, config)
+    except RunInterruptedError as error:
+        console.fail(requeue.requeue(error))
     except DistNormError as error:
         console.fail(error)
 
@@ -61,7 +67,7 @@ def _compose_and_start(train: Train, config: Path) -> None:
         return
     for one, changes in composed:  # none after --help or --cfg
         checked = settings.check(one)
-        if checked.study is None:
+        if checked.study is None and checked.search is None:
             _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
@@ -75,8 +81,8 @@ def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
     good = [one for one, _ in checked if not isinstance(one, DistNormError)]
     if not good:
         raise next(one for one, _ in checked if isinstance(one, DistNormError))
-    if any(one.study is not None for one in good):
-        raise ConfigError("-m sweeps over runs, and this experiment is a study of many already. Leave out -m.")
+    if any(one.study is not None or one.search is not None for one in good):
+        raise ConfigError("-m sweeps over runs, and this is a study or a search of many already. Leave out -m.")
     found = ranks.find(good[0].trainer)
     if found.started_by == "torchrun" or (found.started_by == "slurm" and "SLURM_ARRAY_TASK_ID" not in os.environ):
         raise ConfigError(
@@ -95,20 +101,28 @@ def _checked(composed: DictConfig) -> Settings | DistNormError:
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
-    """Conduct a study: runs of this experiment with changes of each row's own, in processes of their own."""
+    """Conduct a study or a search: runs of this experiment with changes of their own, in processes of their own."""
     from distnorm.launch.compose import composed  # noqa: PLC0415
-    from distnorm.study.conduct import conduct  # noqa: PLC0415 — what a single run does not need
+    from distnorm.search.conduct import conduct as search  # noqa: PLC0415 — what a single run does not need
+    from distnorm.study.conduct import conduct as study  # noqa: PLC0415
 
     found = ranks.find(checked.trainer)
+    what = "study" if checked.search is None else "search"
     if found.started_by in ("torchrun", "slurm"):
         raise ConfigError(
-            f"A study starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
-            "Start it with: python train.py experiment=…"
+            f"A {what} starts the ranks of its runs, and {found.started_by} has started {found.world_size}. "
+            f"Start it with: python train.py {'experiment' if what == 'study' else 'search'}=…"
         )
+    if checked.study is not None and checked.search is not None:
+        raise ConfigError(
+            "This experiment is a study of many runs already, and cannot be searched. Leave out search=…."
+        )
+    kept = [change for change in changes if not overrides.is_of("search", change)]
 
-    def compose(of_row: Sequence[str]) -> Settings:
-        return composed(config, [*changes, *of_row, "study=null"])
+    def compose(of_run: Sequence[str]) -> Settings:
+        return composed(config, [*kept, *of_run, "study=null"])
 
+    conduct = study if what == "study" else search
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 
@@ -137,7 +151,7 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         data.describe(found.world_size)
     settings.check_fit(complete, data)
     if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path).resolve()
+        path = checkpoint.find(complete.ckpt_path, warn=found.is_first).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
     run_dir.open_run(complete, found, run, again=again)
@@ -148,7 +162,39 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     else:
         if found.rank:
             console.leave_to(run.log_of(found.rank))
-        train(complete, found, run)
+        _train_here(train, complete, found, run)
+
+
+def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
+    """Train in this process, alone or as a rank of torchrun or srun.
+
+    Told to stop, the first rank says so, asks for the requeue, and has the exit code. Every process then ends at once:
+    a destructor of its process group might abort it, and change its exit code.
+    """
+    with signals.listening():
+        try:
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            if not found.is_first:
+                _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
+            ending = requeue.requeue(error)
+            print(ending, file=sys.stderr)
+            _leave(ending.exit_code)
+
+
+def _close_wandb() -> None:
+    """Let wandb write what it holds, where it was loaded."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        with contextlib.suppress(Exception):  # its process may have been told too, and have gone
+            wandb.finish()
+
+
+def _leave(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _own_settings(run: RunFolder) -> Settings:
@@ -165,7 +211,10 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     local.become_rank(run, found.rank)
     try:
         train(checked, found, run)
+    except RunInterruptedError as error:
+        _close_wandb()
+        local.note_ending(run, found.rank, error)
+        _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files
     except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
         local.note_failure(run, found.rank, error)
-        sys.stdout.flush()
-        os._exit(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
+        _leave(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive

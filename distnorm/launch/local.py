@@ -4,6 +4,7 @@ Each rank is a fresh process of the same script, that reads its configuration fr
 console; the others write to files. When one ends badly the others are ended, and none outlives this process.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -13,7 +14,9 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
@@ -22,10 +25,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError
-from distnorm.launch import console
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
+from distnorm.launch import console, signals
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json, write_whole
 
 _PATIENCE_S = 3
+_TIME_TO_SAVE_S = 10
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -38,6 +43,9 @@ class RankError(DistNormError):
 def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
     """Run `num_ranks` processes of `script` on this machine, and wait for them.
 
+    USR1 or TERM to this process asks them to stop, through the run's folder; they are given the time to. Told again
+    after 10 s, it ends them as they are, as Ctrl-C does at once.
+
     Args:
         script: the Python file that each rank executes.
         run: its folder holds the configuration, and takes the ranks' output.
@@ -45,6 +53,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
 
     Raises:
         RankError: a rank ended with an exception or by a signal; all others have been ended.
+        RunInterruptedError: they were told to stop, and have saved.
     """
     with tempfile.TemporaryDirectory(prefix="distnorm-") as scratch:
         config = LaunchConfig(
@@ -58,6 +67,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
             **_shutdown_timeout(),
         )
         os.environ[RUN_DIR] = str(run.path)
@@ -65,7 +75,8 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         started = time.time()
         try:
-            elastic_launch(config, sys.executable)("-u", script)
+            with _passing_on(run):
+                elastic_launch(config, sys.executable)("-u", script)
         except ChildFailedError as error:
             raise RankError(_describe(error, run, started)) from None
         except SignalException as error:
@@ -73,6 +84,30 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
+        _raise_ending(run, started)
+
+
+@contextlib.contextmanager
+def _passing_on(run: RunFolder) -> Iterator[None]:
+    """Ask the ranks to stop when this process is told to: their pids are torch's, and starting up they would die."""
+    told_at: list[float] = []
+
+    def ask(told: int, _: FrameType | None) -> None:
+        told_at.append(time.monotonic())
+        if told_at[-1] - told_at[0] > _TIME_TO_SAVE_S:
+            raise SignalException("told to stop again", signal.Signals(told))
+        write_whole(run.stop, signal.Signals(told).name)  # in one piece: rank 0 looks any time
+
+    before = {told: signal.signal(told, ask) for told in signals.LISTENED}
+    if already := signals.heard():
+        ask(already, None)
+    try:
+        yield
+    finally:
+        for told, handler in before.items():
+            signal.signal(told, handler)
+        if told_at:  # they ended before they looked
+            run.stop.unlink(missing_ok=True)
 
 
 def become_rank(run: RunFolder, rank: int) -> None:
@@ -102,6 +137,24 @@ def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
         "traceback": whole.splitlines(),
     }
     write_json(run.error_of(rank), note)
+
+
+def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
+    """Leave word, on rank 0, that the run was told to stop, for the launcher to say."""
+    if rank == 0:
+        write_json(_ending_of(run), {"message": str(error), "wants_requeue": error.wants_requeue})
+
+
+def _raise_ending(run: RunFolder, started: float) -> None:
+    """Raise what rank 0 left word of, where the ranks ended so."""
+    file = _ending_of(run)
+    if file.exists() and file.stat().st_mtime >= started:
+        note = json.loads(file.read_text())
+        raise RunInterruptedError(note["message"], wants_requeue=note["wants_requeue"])
+
+
+def _ending_of(run: RunFolder) -> Path:
+    return run.ranks / "stopped.json"
 
 
 def _short_traceback(error: BaseException) -> str:

@@ -19,7 +19,7 @@ _LAYERS = (
     "that an experiment has."
 )
 _PLAIN_GROUPS = ("norm", "trainer", "drift", "logger")
-_TARGET_GROUPS = ("data", "model", "task", "optimizer")
+_TARGET_GROUPS = ("data", "model", "task", "optimizer", "search")
 
 
 def in_words(error: Exception, conf: Path) -> str:
@@ -48,6 +48,11 @@ def in_words(error: Exception, conf: Path) -> str:
         return typed + (_LAYERS if "norm.layers" in typed else "Write e.g. norm=sync; quote what a shell would split.")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "\n".join(line[:200] for line in lines[:3])
+
+
+def is_of(group: str, change: str) -> bool:
+    """Tell whether a change, as typed, chooses a group or sets a key below it."""
+    return re.match(rf"[+~]*{group}(@[^=]*)?([.=]|$)", change) is not None
 
 
 def _unknown_key(path: str, conf: Path) -> str:

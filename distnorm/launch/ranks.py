@@ -74,6 +74,11 @@ def find(trainer: TrainerSettings, environ: Mapping[str, str] = os.environ) -> R
     return Ranks(devices, devices, 1, 0, 0, "distnorm" if devices > 1 else "nobody", accelerator)
 
 
+def is_task(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether torchrun or srun have started this process, with others or alone."""
+    return "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" in environ
+
+
 def _accelerator(trainer: TrainerSettings) -> Literal["cpu", "gpu"]:
     available = torch.cuda.is_available()
     if trainer.accelerator == "gpu" and not available:

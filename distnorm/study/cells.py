@@ -9,6 +9,7 @@ from typing import Any
 
 from distnorm.errors import ConfigError
 from distnorm.launch import ranks
+from distnorm.launch.compose import completed
 from distnorm.launch.run_dir import RunFolder
 from distnorm.settings import Settings
 from distnorm.study.design import Design, Row
@@ -167,10 +168,7 @@ class Outcomes:
 
 def _composed(name: str, row: Row, compose: Compose) -> Settings:
     try:
-        settings = compose(row.set)
-        found = ranks.find(settings.trainer)
-        complete = settings.with_batches(found.world_size)
-        complete.decide(found.world_size, found.per_node)
+        complete = completed(compose(row.set))
     except ConfigError as error:
         raise ConfigError(f"study.rows.{name}: {error}") from None
     return complete

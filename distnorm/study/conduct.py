@@ -1,6 +1,5 @@
 """Conduct a study from its design to its folder: tune, run every row with every seed, measure, draw, check."""
 
-import contextlib
 import dataclasses
 import datetime as dt
 import itertools
@@ -8,25 +7,22 @@ import os
 import platform
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import local, ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
 from distnorm.settings import Settings
 from distnorm.study import claims, design, figure
 from distnorm.study.cells import Cell, Compose, Outcome, Outcomes, Plan
 from distnorm.study.measure import largest_difference, measure
 from distnorm.study.table import Table
+from distnorm.study.training import Train, train_here, train_on_ranks
 from distnorm.study.workers import CellError, Workers, in_words
-
-Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
 
 
 def conduct(train: Train, base: Settings, compose: Compose, command: Sequence[str]) -> Path:
@@ -124,32 +120,16 @@ class _Runner:
 
 def _run_here(task: _Task) -> dict[str, float]:
     """Train and measure one run in this process."""
-    settings, started = task.cell.settings, time.monotonic()
-    with (task.run.path / "console.txt").open("w") as file, contextlib.redirect_stdout(file):
-        task.train(settings, ranks.find(settings.trainer), task.run)
+    started = time.monotonic()
+    train_here(task.train, task.cell.settings, task.run)
     return _measured(task, started)
 
 
 def _run_with_ranks(task: _Task, script: str) -> dict[str, float]:
-    """Train one run on ranks of its own, whose console is a file, and measure it here."""
+    """Train one run on ranks of its own, and measure it here."""
     started = time.monotonic()
-    with (task.run.path / "console.txt").open("w") as file, _console_is(file.fileno()):
-        local.start_ranks(script, task.run, task.cell.num_ranks)
+    train_on_ranks(script, task.run, task.cell.num_ranks)
     return _measured(task, started)
-
-
-@contextlib.contextmanager
-def _console_is(descriptor: int) -> Iterator[None]:
-    """Let this process, and what it starts, write their output to a file."""
-    sys.stdout.flush()
-    before = os.dup(1)
-    os.dup2(descriptor, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        os.dup2(before, 1)
-        os.close(before)
 
 
 def _measured(task: _Task, started: float) -> dict[str, float]:

@@ -32,6 +32,7 @@ class Workers(Generic[Task]):
     def __init__(self, body: Callable[[Task], Any], number: int) -> None:
         self._body, self._number = body, number
         self._idle: list[_Worker] = []
+        self._running = dict[Any, tuple[_Worker, Task]]()
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Do all tasks.
@@ -39,24 +40,39 @@ class Workers(Generic[Task]):
         Yields:
             Each task with its result, or with the `CellError` that it ended with, as they end.
         """
-        waiting, running = deque(tasks), dict[Any, tuple[_Worker, Task]]()
-        while waiting or running:
-            while waiting and len(running) < self._number:
-                worker = self._idle.pop() if self._idle else _Worker()
-                task = waiting.popleft()
-                worker.connection.send((self._body, task))
-                running[worker.connection] = worker, task
-            for connection in multiprocessing.connection.wait(list(running)):
-                worker, task = running.pop(connection)
-                result = worker.receive()
-                if worker.process.is_alive():
-                    self._idle.append(worker)
-                yield task, result
+        waiting = deque(tasks)
+        while waiting or self._running:
+            while waiting and self.free:
+                self.start(waiting.popleft())
+            yield from self.ended()
+
+    @property
+    def free(self) -> int:
+        """How many processes have nothing to do."""
+        return self._number - len(self._running)
+
+    def start(self, task: Task) -> None:
+        """Begin a task; some process must be free."""
+        worker = self._idle.pop() if self._idle else _Worker()
+        worker.connection.send((self._body, task))
+        self._running[worker.connection] = worker, task
+
+    def ended(self, timeout_s: float | None = None) -> list[tuple[Task, Any]]:
+        """Wait until some tasks have ended, or for so long; give them with their results, as `run` does."""
+        results = []
+        for connection in multiprocessing.connection.wait(list(self._running), timeout_s):
+            worker, task = self._running.pop(connection)
+            results.append((task, worker.receive()))
+            if worker.process.is_alive():
+                self._idle.append(worker)
+        return results
 
     def stop(self) -> None:
-        """End the processes that wait for a task."""
-        while self._idle:
-            self._idle.pop().process.kill()
+        """End the processes, and with them the tasks that they do."""
+        for worker in [*self._idle, *(worker for worker, _ in self._running.values())]:
+            worker.process.kill()
+        self._idle.clear()
+        self._running.clear()
 
 
 class _Worker:

@@ -1,0 +1,1 @@
+"""Many trials of one run, over ranges of its settings: grid, random, coarse to fine, and stopped early."""

@@ -1,0 +1,262 @@
+"""Trials on disk: claims, kills, several processes at once, failures, and the tables at the end."""
+
+import csv
+import json
+import math
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from distnorm.errors import ConfigError
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.run_dir import RunFolder
+from distnorm.search import conduct, figure
+from distnorm.search.claims import Claims
+from distnorm.search.plan import Plan
+from distnorm.search.trials import read_value
+from tests import ranks, runs, searches
+from tests.searches import asked, begun
+
+pytestmark = pytest.mark.unit
+OTHER = {"machine": "elsewhere", "pid": 1, "started": "1", "job": None, "restarts": 0, "time": 0}
+
+
+def in_process(body, *arguments):
+    """Start `body` in a process of its own, forked from a warm one."""
+    process = ranks.context.Process(target=body, args=arguments)
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def conducted(folder, choice="random", objective=searches.train, **changes):
+    searches.conduct(folder, asked(choice, **changes), objective)
+
+
+def test_a_search_runs_every_trial_once_and_sorts_what_it_found(tmp_path):
+    found = asked(trials=9)
+    folder = searches.conduct(tmp_path, found)
+    plan = Plan(found)
+    assert begun(folder.path) == list(range(9))
+    rows = list(csv.DictReader((folder.path / "results.csv").open()))
+    values = [float(row["val/loss"]) for row in rows]
+    assert values == sorted(values)
+    for row in rows:
+        planned = plan.trials(plan.rounds[0], {})[int(row["trial"])].values
+        assert float(row["optimizer.lr"]) == planned["optimizer.lr"]
+        assert float(row["val/loss"]) == pytest.approx(searches.loss_of(planned))
+        assert float(row["test/accuracy"]) == pytest.approx(1 - searches.loss_of(planned))
+    text = (folder.path / "results.txt").read_text().splitlines()
+    assert len(text) == 11
+    assert text[2].split()[0] == rows[0]["trial"]
+    searches.conduct(tmp_path, found)  # the same again: nothing is left to do
+    assert begun(folder.path) == list(range(9))
+
+
+def test_more_is_better_where_that_is_asked(tmp_path):
+    folder = searches.conduct(tmp_path, asked("coarse_to_fine", trials=6, mode="max"))
+    values = [float(row["val/loss"]) for row in csv.DictReader((folder.path / "results.csv").open())]
+    assert values == sorted(values, reverse=True)
+    outcomes = folder.outcomes()
+    best = max((outcomes[n] for n in (0, 1)), key=lambda o: o.value).values["optimizer.lr"]
+    assert all(abs(math.log10(outcomes[n].values["optimizer.lr"] / best)) <= 0.6 + 1e-9 for n in (2, 3))
+
+
+@pytest.mark.parametrize("choice", ["grid", "random", "coarse_to_fine"])
+def test_a_killed_search_goes_on_without_losing_or_repeating_a_trial(tmp_path, choice):
+    assert ended(in_process(conducted, tmp_path, choice, searches.die)) == -9
+    (path,) = tmp_path.iterdir()
+    assert begun(path) == [0, 1, 2]
+    before = json.loads((path / "trials/0002/trial.json").read_text())
+    folder = searches.conduct(tmp_path, asked(choice))
+    assert begun(path) == [0, 1, 2, 2, *range(3, 25)]  # the one that was cut short, and no other, is begun again
+    assert folder.outcomes()[2].values == before["values"]
+    assert [folder.outcomes()[n].attempts for n in (1, 2, 3)] == [1, 2, 1]
+    (tmp_path / "whole").mkdir()
+    whole = searches.conduct(tmp_path / "whole", asked(choice))
+    values = {n: (o.values, o.value) for n, o in folder.outcomes().items()}
+    assert values == {n: (o.values, o.value) for n, o in whole.outcomes().items()}
+
+
+@pytest.mark.parametrize("choice", ["random", "coarse_to_fine"])
+def test_processes_share_a_search_and_each_trial_is_run_once(tmp_path, choice):
+    processes = [in_process(conducted, tmp_path, choice) for _ in range(3)]
+    assert [ended(process) for process in processes] == [0, 0, 0]
+    (path,) = tmp_path.iterdir()
+    assert sorted(begun(path)) == list(range(25))
+    owners = {json.loads(file.read_text())["pid"] for file in path.glob("trials/*/claim.0")}
+    assert len(owners) > 1
+    assert not list(path.glob("trials/*/claim.1"))
+
+
+def take(folder, gate, count):
+    claims = Claims(600)
+    while not gate.exists():
+        time.sleep(0.0005)
+    taken = sum(claims.take(one) is not None for one in sorted(folder.iterdir()))
+    (count / str(os.getpid())).write_text(str(taken))
+    while len(list(count.iterdir())) < 4:  # a process that has ended is dead, and the others may take what it had
+        time.sleep(0.01)
+
+
+def test_of_many_that_take_dead_claims_at_once_one_gets_each(tmp_path):
+    folder, count = tmp_path / "trials", tmp_path / "count"
+    count.mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for number in range(200):
+        (folder / f"{number:04d}").mkdir(parents=True)
+        mine = Claims(600).take(folder / f"{number:04d}").file
+        mine.write_text(json.dumps({**json.loads(mine.read_text()), "pid": gone.pid}))
+    processes = [in_process(take, folder, tmp_path / "gate", count) for _ in range(4)]
+    time.sleep(0.3)
+    (tmp_path / "gate").touch()
+    assert [ended(process) for process in processes] == [0] * 4
+    assert sum(int(file.read_text()) for file in count.iterdir()) == 200
+    assert len(list(folder.glob("*/claim.*"))) == 400
+
+
+def test_a_claim_of_this_machine_is_dead_when_its_process_is(tmp_path):
+    claims, process = Claims(600), subprocess.Popen(["sleep", "60"])
+    mine = claims.take(tmp_path)
+    assert claims.take(tmp_path) is None  # this process is alive
+    about = json.loads(mine.file.read_text())
+    start = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    mine.file.write_text(json.dumps({**about, "pid": process.pid, "started": start}))
+    assert claims.take(tmp_path) is None
+    process.kill()
+    process.wait()
+    assert mine.holds
+    assert claims.take(tmp_path).attempt == 1
+    assert not mine.holds
+    (tmp_path / "claim.1").write_text(json.dumps({**about, "started": "0"}))  # this process's number, another's start
+    assert claims.take(tmp_path).attempt == 2
+
+
+def test_a_claim_of_another_machine_is_dead_when_it_has_not_moved(tmp_path):
+    (tmp_path / "claim.0").write_text(json.dumps(OTHER))
+    os.utime(tmp_path / "claim.0", (0, 0))  # its clock is not ours
+    claims = Claims(0.4)
+    for moved in (1, 2, 3):
+        assert claims.take(tmp_path) is None
+        time.sleep(0.25)
+        os.utime(tmp_path / "claim.0", (moved, moved))
+    assert claims.take(tmp_path) is None
+    time.sleep(0.45)
+    assert claims.take(tmp_path).attempt == 1
+
+
+def test_a_claim_of_a_job_that_slurm_does_not_know_is_dead(tmp_path, monkeypatch):
+    squeue = tmp_path / "squeue"  # stands for SLURM's: job 7 runs, all others are unknown
+    squeue.write_text(
+        '#!/bin/sh\n[ "$3" = 7 ] && echo RUNNING && exit 0\necho "Invalid job id specified" >&2; exit 1\n'
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, restarts, is_dead in (("7", 0, False), ("8", 0, True), ("9", 0, True), ("9", 1, False)):
+        folder = tmp_path / f"{job}-{restarts}"
+        folder.mkdir()
+        (folder / "claim.0").write_text(json.dumps({**OTHER, "job": job, "restarts": restarts}))
+        assert (Claims(600).take(folder) is not None) is is_dead, (job, restarts)
+
+
+def fail_some(settings, ranks, run):
+    if settings.optimizer["lr"] > 0.1:
+        raise ValueError("the loss is too large")
+    searches.train(settings, ranks, run)
+
+
+def fail(settings, ranks, run):
+    raise ConfigError("optimizer.lr is cursed. Use none.")
+
+
+def test_a_failed_trial_is_kept_with_its_reason_and_the_others_go_on(tmp_path, capsys):
+    folder = searches.conduct(tmp_path, asked(trials=8), fail_some)
+    outcomes = folder.outcomes()
+    failed = [n for n, o in outcomes.items() if o.state == "failed"]
+    assert 0 < len(failed) < 8
+    assert failed == [n for n, o in outcomes.items() if o.values["optimizer.lr"] > 0.1]
+    assert outcomes[failed[0]].reason.startswith("ValueError: the loss is too large (test_search_trials.py:")
+    rows = list(csv.DictReader((folder.path / "results.csv").open()))
+    assert [row["state"] for row in rows] == ["complete"] * (8 - len(failed)) + ["failed"] * len(failed)
+    assert "ValueError: the loss is too large" in capsys.readouterr().out
+
+
+def test_a_search_whose_trials_all_fail_says_why(tmp_path):
+    found = asked("coarse_to_fine", trials=6)
+    folder = searches.conduct(tmp_path, found, fail)
+    assert sorted(folder.outcomes()) == [0, 1]  # the rounds that follow would draw the same
+    with pytest.raises(conduct.SearchError) as error:
+        conduct._conclude(found, folder, [])
+    assert "All 2 trials failed, first: optimizer.lr is cursed" in str(error.value)
+    assert "delete a trial's folder to run it again" in str(error.value)
+
+
+def stop_first(settings, ranks, run):
+    if len(begun(run.path.parent.parent) if (run.path.parent.parent / "begun").exists() else []) == 1:
+        (run.path.parent.parent / "begun").open("a").write("99\n")
+        raise RunInterruptedError("saved at step 3")
+    searches.train(settings, ranks, run)
+
+
+def test_a_trial_that_was_told_to_stop_is_left_for_the_next_time(tmp_path):
+    with pytest.raises(RunInterruptedError, match="1 trials were stopped, first: saved at step 3"):
+        searches.conduct(tmp_path, asked(trials=4), stop_first)
+    (path,) = tmp_path.iterdir()
+    assert begun(path) == [0, 99, 2, 3]
+    assert not (path / "trials/0001/outcome.json").exists()
+
+
+def test_a_name_is_one_search_s(tmp_path):
+    folder = searches.conduct(tmp_path, asked(trials=2, name="mine"))
+    assert folder.path.name == "search-mine"
+    with pytest.raises(ConfigError) as error:
+        searches.conduct(tmp_path, asked(trials=3, name="mine"))
+    assert "search.name=mine is the name of another search: search.trials is 2 there, and 3 here" in str(error.value)
+    assert "another name" in str(error.value)
+    searches.conduct(tmp_path, asked(trials=2, name="mine", workers=7))  # how it is run is not what it is
+
+
+def test_a_trial_s_value_is_its_best_or_last_validation(tmp_path):
+    run = RunFolder(tmp_path)
+    lines = [{"schema": 2}, {"step": 1, "val/loss": 3.0}, {"step": 2, "val/loss": 0.5, "test/loss": 0.01}]
+    lines += [{"step": 2, "val/loss": 1.0}, {"step": 3, "val/loss": "nan"}, {"step": 4, "val/loss": 2.0}]
+    run.record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_value(run, asked()) == 1.0  # step 2 was made twice
+    assert read_value(run, asked(validation="last")) == 2.0
+    assert read_value(run, asked(mode="max")) == 3.0
+    assert read_value(RunFolder(tmp_path / "none"), asked()) is None
+
+
+def test_the_figure_has_every_key_and_the_best_so_far(tmp_path):
+    found = asked("coarse_to_fine", space=None, tiers=None, trials=9)
+    tier = {"optimizer.lr": 0.1, "optimizer.momentum": 0.9, "model.widths": [8, 16, 32], "data.device_batch": 8}
+    outcomes = [
+        conduct.Outcome(
+            n, 0, {**tier, "model.blocks_per_stage": 2, "optimizer.weight_decay": 1e-3}, "complete", 1 / (n + 1)
+        )
+        for n in range(9)
+    ]
+    svg, png = figure.draw([*outcomes, conduct.Outcome(9, 0, tier, "failed")], found, tmp_path)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert svg.stat().st_size > 10_000
+    assert figure.best_so_far([3, 1, 2, 0.5], "min") == [3, 1, 1, 0.5]
+    assert figure.best_so_far([3, 1, 4], "max") == [3, 3, 4]
+
+
+def test_the_standard_ranges_compose_at_both_ends():
+    found = asked(space=None, tiers=None)
+    dimensions = [dimension for tier in found.ladder for dimension in tier]
+    for place in (0.0, 1.0):
+        changes = [conduct.results.typed(d.key, d.value(place)) for d in dimensions]
+        assert runs.composed("trainer=cpu", *changes).model["widths"] in ([8, 16, 32], [32, 64, 128])
