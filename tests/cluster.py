@@ -2,7 +2,7 @@
 
     def test_a_job(slurm):                          # a session's one cluster: two nodes of 32 CPUs and 4 GPUs, all sham
         job = slurm.submit("slurm/train.sbatch", "trainer.max_steps=3", options=["--gpus-per-node=0"])
-        assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+        slurm.wait(job, "COMPLETED")
 
 Nothing of the system is touched: ports and folders are its own, no service, no account, no database. Partition `low` is
 the default; a job in `high` preempts those of `low` (`--exclusive` on both: the nodes are large), which are told by
@@ -174,20 +174,36 @@ class Cluster:
     def exit_code(self, job):
         return int(self.facts(job)["ExitCode"].split(":")[0])
 
-    def wait(self, job, *states, timeout_s=100):
-        """Wait until a job is in one of the states; whether it came to be, before it ended in another."""
+    def wait(self, job, *states, timeout_s=200):
+        """Wait until a job is in one of the states, or has ended; fails with its output where it ends in another."""
         self._wait_for(lambda: self.state(job) in (states or ENDED) + ENDED, timeout_s, f"job {job} stays as it is")
-        return not states or self.state(job) in states
+        found = self.facts(job)
+        if states and found["JobState"] not in states:
+            raise AssertionError(
+                f"job {job} is {found['JobState']} ({found['Reason']}), not {' or '.join(states)}; exit code "
+                f"{found['ExitCode']}, {found['Restarts']} restarts\n{self.output(job)}\n{self._log_of(found['JobId'])}"
+            )
+        return True
 
-    def start_now(self, job):
-        """Start a requeued job, that SLURM lets wait for 2 minutes, once it waits so."""
-        self._wait_for(lambda: self.state(job) == "PENDING", 60, f"job {job} does not wait to start again")
+    def _log_of(self, job):
+        """Say what the daemons told of a job."""
+        lines = [line for file in self.folder.glob("*.log") for line in file.read_text().splitlines()]
+        return "\n".join(line for line in lines if job in line)
+
+    def start_now(self, job, restarts=1):
+        """Start a job that was requeued so often, and that SLURM lets wait for 2 minutes, once it waits so."""
+        self._wait_for(
+            lambda: (self.state(job), self.restarts(job)) == ("PENDING", restarts), 100, f"job {job} is not requeued"
+        )
+        mark = f"slurmstepd: [{self.facts(job)['JobId']}."
+        self._wait_for(lambda: not _any_process(mark), 60, f"job {job} has not ended")  # its end would be the next's
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def requeue_now(self, job):
         """End a job, whatever it does, and start it again."""
+        restarts = self.restarts(job) + 1
         self.call("scontrol", "requeue", job)
-        self.start_now(job)
+        self.start_now(job, restarts)
 
     def cancel(self, job):
         self.call("scancel", job)
@@ -212,6 +228,15 @@ def _free_ports(number):
         for one in sockets:
             one.bind(("127.0.0.1", 0))
         return [one.getsockname()[1] for one in sockets]
+
+
+def _any_process(beginning):
+    """Tell whether a process runs whose command line begins so."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if entry.read_bytes().decode(errors="replace").startswith(beginning):
+                return True
+    return False
 
 
 def _keep(folder, *nodes):
