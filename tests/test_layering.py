@@ -44,7 +44,7 @@ LADDER = [
         "drift.gap",
         "drift.probes",
     ],
-    ["drift.alarms", "drift.measuring", "drift.snapshots", "drift.shift", "drift.precise"],
+    ["drift.choice", "drift.alarms", "drift.measuring", "drift.snapshots", "drift.shift", "drift.precise"],
     ["drift.watch"],
     ["replay"],
     ["drift.questions"],
