@@ -69,7 +69,7 @@ def test_every_file_of_every_group_composes_and_passes(group, choice, monkeypatc
 
 def test_no_group_is_without_files_and_every_kind_of_norm_has_one():
     groups = {group for group, _ in CHOICES}
-    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer"}
+    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer", "search"}
     assert {choice for group, choice in CHOICES if group == "norm"} == set(KINDS)
 
 

@@ -63,6 +63,8 @@ def _unknown_key(path: str, conf: Path) -> str:
     if parent == "trainer.lightning":
         return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
     keys = _known_keys(conf)
+    if path in keys and (having := _choices_with(conf / parent, key)):
+        return f"{path} is a key of {having} alone. Add {having.split(' or ')[0]}, or leave {path} out."
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     near = did_you_mean(key, siblings)
     if near and parent:
@@ -73,6 +75,14 @@ def _unknown_key(path: str, conf: Path) -> str:
     return f"{path}: there is no such key.{near}\n{of}: {', '.join(choices)}."
 
 
+def _choices_with(group: Path, key: str) -> str:
+    """Name the choices of a group whose files have a key: `search=grid`."""
+    found = {file.stem for file in group.glob("*.yaml") if re.search(rf"^{key}:", file.read_text(), re.MULTILINE)}
+    if "_base" in found:
+        found = {file.stem for file in group.glob("[!_]*.yaml")}
+    return " or ".join(f"{group.name}={name}" for name in sorted(found))
+
+
 def _known_keys(conf: Path) -> list[str]:
     fields: dict[str, Any] = {**Settings.model_fields}
     keys = list(fields)
@@ -81,7 +91,7 @@ def _known_keys(conf: Path) -> list[str]:
     for group in _TARGET_GROUPS:
         for file in sorted((conf / group).glob("*.yaml")):
             names = (line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"[a-z]\w*:", line))
-            keys += [f"{group}.{name}" for name in names]
+            keys += [f"{group}.{name}" for name in names if name != "defaults"]
     return list(dict.fromkeys(keys))
 
 
