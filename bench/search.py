@@ -2,8 +2,8 @@
 
     python -m bench.search [FOLDER]
 
-The main job, shortened, on one rank: 3 searches of 25 trials with each of 3 seeds, of the search and of the training. What
-a folder has is not run again: killed and started again, it goes on. Leaves `tables.md`, `tables.json` and
+The main job, shortened, on one rank: 3 searches of 25 trials with each of 3 seeds, of the search and of the training.
+What a folder has is not run again: killed and started again, it goes on. Leaves `tables.md`, `tables.json` and
 `figure.{png,svg}` there.
 """
 
@@ -83,19 +83,14 @@ def best_after(outcomes: Mapping[int, Outcome], trials: int) -> Best:
 
 def rows(found: Found) -> list[dict[str, Any]]:
     """Make one row a kind and number of trials: both numbers of every seed."""
-    return [
-        {
-            "kind": kind,
-            "trials": after,
-            "seeds": seeds,
-            "loss": [b.loss for b in best],
-            "accuracy": [b.accuracy for b in best],
-        }
-        for kind in KINDS
-        if (seeds := [seed for name, seed in found if name == kind])
-        for after in AFTER
-        if (best := [best_after(found[kind, seed], after) for seed in seeds])
-    ]
+    made = []
+    for kind in KINDS:
+        seeds = [seed for name, seed in found if name == kind]
+        for after in AFTER if seeds else ():
+            best = [best_after(found[kind, seed], after) for seed in seeds]
+            losses, accuracies = [one.loss for one in best], [one.accuracy for one in best]
+            made.append({"kind": kind, "trials": after, "seeds": seeds, "loss": losses, "accuracy": accuracies})
+    return made
 
 
 def markdown(found: Found) -> str:
@@ -110,10 +105,8 @@ def markdown(found: Found) -> str:
         good = [o for o in outcomes.values() if o.value is not None]
         o = min(good, key=lambda one: one.value or 0.0)
         lr, momentum = o.values["optimizer.lr"], o.values["optimizer.momentum"]
-        accuracy = 100 * o.metrics.get("test/accuracy", math.nan)
-        each.append(
-            f"| {_words(kind)} | {seed} | {o.number} | {lr:.3g} | {momentum:.3f} | {o.value:.3f} | {accuracy:.1f} |"
-        )
+        numbers = f"{lr:.3g} | {momentum:.3f} | {o.value:.3f} | {100 * o.metrics.get('test/accuracy', math.nan):.1f}"
+        each.append(f"| {_words(kind)} | {seed} | {o.number} | {numbers} |")
     return "\n".join([*means, "", *each, ""])
 
 
@@ -135,10 +128,10 @@ def conclude(found: Found, folder: Path) -> None:
 
 def draw(found: Found, folder: Path) -> None:
     """Draw the best so far against the trials: a thin line a seed, a thick one their mean."""
-    import matplotlib as mpl
+    import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end
 
     mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot as plt  # noqa: PLC0415
 
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.4, 4.2))
