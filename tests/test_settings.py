@@ -69,7 +69,7 @@ def test_every_file_of_every_group_composes_and_passes(group, choice, monkeypatc
 
 def test_no_group_is_without_files_and_every_kind_of_norm_has_one():
     groups = {group for group, _ in CHOICES}
-    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer"}
+    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer", "search"}
     assert {choice for group, choice in CHOICES if group == "norm"} == set(KINDS)
 
 
@@ -192,7 +192,7 @@ MISTYPED = [
     ("trainer.lightning.deterministic=true", "with a plus, +trainer.lightning.deterministic="),
     ("trainer.lightning={limit_val_batches: 0}", "with a plus, +trainer.lightning.<argument>="),
     ("model.blocks=3", "model.blocks: there is no such key", "Did you mean 'model.blocks_per_stage'?"),
-    ("model.strides=[1]", "model.strides is a key of model=convnet", "Use model=convnet, or leave it out."),
+    ("model.strides=[1]", "model.strides is a key of model=convnet", "Add model=convnet, or leave model.strides out."),
     ("norm=sync,batch", "norm=sync,batch gives several values for one run", "Add -m"),
     ("norm", "'norm' cannot be read as key=value", "e.g. norm=sync"),
     ("~foo", "'foo' does not exist"),
