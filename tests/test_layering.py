@@ -70,7 +70,7 @@ LADDER = [
     ["drift.report", "search.plan"],
     ["launch.ranks", "figures"],
     ["launch.run_dir", "launch.console", "launch.endings", "launch.signals", "launch.checkpoint_files"],
-    ["launch.preemption", "launch.requeue"],
+    ["launch.preemption", "launch.requeue", "launch.resumption"],
     ["wandb_logger", "search.rungs", "search.claims", "search.folder"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],
     ["launch.trainer", "launch.compose", "study.workers", "study.training"],
