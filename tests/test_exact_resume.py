@@ -54,6 +54,25 @@ def test_resumed_is_uninterrupted(tmp_path, case):
         assert by_kind(first, then) == by_kind(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("stop", [LAST_OF_AN_EPOCH, 10, 12])  # the drift of even steps is measured: one is under way
+def test_a_requeue_repeats_and_loses_no_row_of_the_record(tmp_path, stop):
+    overrides = ["data.device_batch=112", "norm=batch", "drift.interval=2"]
+    interrupted.in_pool(tmp_path / "whole", 1, *overrides)
+    interrupted.in_pool(tmp_path / "run", 1, *overrides, stop_at=stop, dies_after=3)
+    assert max(row["step"] for row in rows(tmp_path / "run")) > stop
+    interrupted.in_pool(tmp_path / "run", 1, *overrides, f"ckpt_path={tmp_path / 'run'}")
+    assert by_kind(tmp_path / "run") == by_kind(tmp_path / "whole")
+    run, whole = (interrupted.stored(tmp_path / run) for run in ("run", "whole"))
+    assert interrupted.differences(run, whole) == []
+
+
+def test_a_requeue_before_the_first_checkpoint_begins_the_record_anew(tmp_path):
+    interrupted.in_pool(tmp_path / "whole", 1, "data.device_batch=112")
+    interrupted.in_pool(tmp_path / "run", 1, "data.device_batch=112", stop_at=4)
+    interrupted.in_pool(tmp_path / "run", 1, "data.device_batch=112")
+    assert by_kind(tmp_path / "run") == by_kind(tmp_path / "whole")
+
+
 def test_more_steps_go_on_where_fewer_ended(tmp_path):
     constant = ["data.device_batch=112", "task.schedule=constant", "task.warmup_fraction=0", "trainer.max_epochs=9"]
     interrupted.in_pool(tmp_path / "whole", 1, *constant, "trainer.max_steps=20")

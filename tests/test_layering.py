@@ -78,7 +78,7 @@ LADDER = [
         "launch.environment",
         "launch.checkpoint_files",
     ],
-    ["launch.preemption", "launch.requeue", "launch.failures"],
+    ["launch.preemption", "launch.requeue", "launch.failures", "launch.resumption"],
     ["launch.preflight"],
     ["wandb_logger", "search.rungs", "search.claims", "search.folder"],
     ["tracking", "launch.checkpoints", "launch.local", "launch.report", "launch.overrides", "launch.adaptation"],

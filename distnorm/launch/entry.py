@@ -14,9 +14,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distnorm import checkpoint, settings, targets
+from distnorm import settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, failures, overrides, ranks, requeue, run_dir, signals
+from distnorm.launch import console, failures, overrides, ranks, requeue, resumption, run_dir, signals
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
@@ -157,19 +157,18 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
     run = place or run_dir.locate(checked, found)
     again = place is not None or run_dir.has_restarted(run)
     own = _own_settings(run) if again and place is None else checked
-    complete = own.with_batches(found.world_size)
     if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
-        complete = complete.model_copy(update={"ckpt_path": str(run.path)})
-    spec = complete.decide(found.world_size, found.per_node)
+        own = own.model_copy(update={"ckpt_path": str(run.path)})
+    if own.ckpt_path is None:
+        complete = own.with_batches(found.world_size)
+        complete.decide(found.world_size, found.per_node)
+    else:
+        complete = resumption.prepare(own, found)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
     if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
         data.describe(found.world_size)
     settings.check_fit(complete, data)
-    if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path, warn=found.is_first).resolve()
-        checkpoint.check_resume(path, spec)
-        complete = complete.model_copy(update={"ckpt_path": str(path)})
     run_dir.open_run(complete, found, run, again=again)
     return complete, run
 
