@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
+from distnorm import ConfigError
 from distnorm.launch import checkpoints
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RunFolder
@@ -51,7 +52,7 @@ class Stop(Callback):
 
 
 def in_pool(folder, world, *overrides, stop_at=None):
-    """Train on warm ranks; returns whether the training was stopped, and rank 0's console."""
+    """Train on warm ranks; returns whether the training was stopped, and rank 0's console, or what refused."""
     complete = runs.composed(*runs.QUICK, f"trainer.devices={world}", *SMALL, *overrides).with_batches(world)
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,8 @@ def _train(complete, run, stop_at):
         return False, runs._train(complete, run)[1]
     except RunInterruptedError:
         return True, ""
+    except ConfigError as error:  # alike on all ranks: the pool can go on
+        return False, f"ConfigError: {error}"
     finally:
         launch_trainer.checkpoint_callbacks = before
 

@@ -1,12 +1,15 @@
 """The launching process and the ranks it starts are told to stop, as people, batch scripts and schedulers do it."""
 
+import os
 import re
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
+from distnorm.drift import wandb_file
 from tests import runs
 
 pytestmark = pytest.mark.run
@@ -17,8 +20,12 @@ QUIET = ("trainer=cpu_ddp", "norm=sync", "logger.mode=disabled", "drift=none", "
 def training(folder, *overrides):
     """A run that trains."""
     process = runs.start(*QUIET, *overrides, folder=folder)
-    runs.wait_for(lambda: any(len(file.read_text().splitlines()) > 3 for file in folder.glob("*/record.jsonl")))
+    runs.wait_for(lambda: lines_of(folder) > 3)
     return process, runs.RunFolder(next(folder.iterdir()))
+
+
+def lines_of(folder):
+    return max((len(file.read_text().splitlines()) for file in folder.glob("*/record.jsonl")), default=0)
 
 
 def saved_step(run):
@@ -42,3 +49,22 @@ def test_the_launcher_passes_it_on_and_ends_with_75_and_words(tmp_path, told):
     assert not run.stop.exists()
     assert not list(run.ranks.glob("*.error.json"))
     runs.wait_for(lambda: not runs.descendants(process), 10)
+
+
+def test_torchruns_ranks_stop_though_every_process_is_told(tmp_path):
+    overrides = ["trainer.accelerator=cpu", "trainer.devices=auto", "data.num_workers=1", "logger.mode=offline"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    process = runs.start_command([*command, *QUIET[1:2], *QUIET[3:], *overrides, f"runs_dir={tmp_path}"])
+    runs.wait_for(lambda: lines_of(tmp_path) > 3)
+    run = runs.RunFolder(next(tmp_path.iterdir()))
+    everyone = runs.descendants(process)
+    assert len(everyone) >= 6, "an agent, two ranks, a loader's process each, wandb's"
+    for pid in everyone.keys() - {process.pid}:
+        os.kill(pid, signal.SIGTERM)  # as SLURM does with a step
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, "torchrun knows no other"
+    step = int(re.search(r"Stopped by SIGTERM after step (\d+), and saved", output).group(1))
+    assert output.count("Stopped by") == 1
+    assert saved_step(run) == step
+    assert max(row["step"] for row in runs.rows(run) if "train/loss" in row) == step
+    wandb_file.read(next(run.path.glob("wandb/*/*.wandb")))  # wandb's process takes TERM as its own end: readable

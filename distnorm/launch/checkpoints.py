@@ -3,32 +3,21 @@
 `best.ckpt` has the lowest validation loss (accuracy ties, and would keep the earliest), `last.ckpt` the end.
 """
 
-import os
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 
+from distnorm import checkpoint, collectives
+from distnorm.errors import ConfigError
 from distnorm.launch.run_dir import RunFolder
 from distnorm.loop_state import is_between_steps
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place and rename it: a kill leaves the old one or the new one, never half.
-
-    Lightning's own writes in the system's temporary folder and moves, which copies where that is another disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write one checkpoint; Lightning calls this on rank 0."""
-        place = Path(path)
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        partial.replace(place)
+_log = logging.getLogger(__name__)
 
 
 class LastCheckpoint(Callback):
@@ -39,26 +28,31 @@ class LastCheckpoint(Callback):
     Args:
         run: the folder.
 
-    Collective: Lightning's own for a checkpoint, and those of the callbacks that add to it.
+    Attributes:
+        failure: why the last save failed, alike on all ranks: a full disk; `None` where it did not.
+
+    Collective: Lightning's own for a checkpoint, those of the callbacks that add to it, and 1 agreement.
     """
 
     def __init__(self, run: RunFolder) -> None:
-        self._path = run.checkpoints / "last.ckpt"
+        self._path = run.checkpoints / checkpoint.LAST
         self._saved_at = (-1, -1)
+        self.failure: str | None = None
 
     def save(self, trainer: pl.Trainer) -> bool:
         """Save at the end of a batch, from a callback's `on_train_batch_end`; every rank must call, after the same one.
 
         Returns:
-            Whether it is saved: alike on all ranks. Not where the optimizer has not stepped, because gradients are
-            accumulated over several batches: call again after the next one.
+            Whether it was time to, alike on all ranks. It is not while gradients are accumulated over several batches:
+            call again after the next one.
         """
         if not is_between_steps(trainer):
             return False
         place = (trainer.global_step, trainer.fit_loop.epoch_progress.state_dict()["current"]["processed"])
         if place != self._saved_at:
             trainer.save_checkpoint(self._path)
-            self._saved_at = place
+            self.failure = collectives.agree(_failure_of(trainer), "the news of a save")[0]
+            self._saved_at = place if self.failure is None else (-1, -1)
         return True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,12 +104,42 @@ def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> list[Callb
 def test(
     trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, run: RunFolder
 ) -> tuple[Path, dict[str, float]]:
-    """Test the best checkpoint, or the last one where training ended before its first validation.
+    """Test the best checkpoint, or the last one where training ended before its first validation, or best is damaged.
 
     Returns:
         The checkpoint that was tested, and its metrics over all ranks.
+
+    Collective: 1 agreement on the checkpoint; Lightning's own.
+
+    Raises:
+        ConfigError: no checkpoint could be saved, or none can be read; alike on all ranks.
     """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    tested = Path(best) if best and Path(best).is_file() else run.checkpoints / "last.ckpt"
+    found: Path | ConfigError | None = None
+    if collectives.rank() == 0:
+        try:
+            found = _good(Path(best) if best else None, run)
+        except ConfigError as error:
+            found = error
+    tested = collectives.agree(found, "the checkpoint to test")[0]
+    if isinstance(tested, ConfigError):
+        raise tested
     trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _good(best: Path | None, run: RunFolder) -> Path:
+    if (best is None or not best.is_file()) and not any(run.checkpoints.glob("*.ckpt")):
+        raise ConfigError(f"{run.checkpoints} holds no checkpoint to test: none could be saved. Make room there first.")
+    if best is None or not best.is_file():
+        return checkpoint.find(run.path)
+    if (damage := checkpoint.damage_of(best)) is None:
+        return best
+    last = checkpoint.find(run.path)
+    _log.warning("%s is damaged (%s): %s is tested instead.", best, damage, last)
+    return last
+
+
+def _failure_of(trainer: pl.Trainer) -> str | None:
+    """Give what this rank's disk said to the last save."""
+    return getattr(trainer.strategy.checkpoint_io, "failure", None)

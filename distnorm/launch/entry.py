@@ -167,7 +167,7 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
         data.describe(found.world_size)
     settings.check_fit(complete, data)
     if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path).resolve()
+        path = checkpoint.find(complete.ckpt_path, warn=found.is_first).resolve()
         checkpoint.check_resume(path, spec)
         complete = complete.model_copy(update={"ckpt_path": str(path)})
     run_dir.open_run(complete, found, run, again=again)
@@ -177,8 +177,8 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
 def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
     """Train in this process, alone or as a rank of torchrun or srun.
 
-    Told to stop, the first rank says so, and asks for the requeue. The process then ends at once: a destructor of its
-    process group might abort it, and change its exit code.
+    Told to stop, the first rank says so, asks for the requeue, and has the exit code. Every process then ends at once:
+    a destructor of its process group might abort it, and change its exit code.
     """
     noted = failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext()
     with noted, signals.listening():
@@ -187,7 +187,7 @@ def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFol
         except RunInterruptedError as error:
             _close_wandb()
             if not found.is_first:
-                _leave(error.exit_code)
+                _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
             ending = requeue.requeue(error)
             print(ending, file=sys.stderr)
             _leave(ending.exit_code)
@@ -197,7 +197,8 @@ def _close_wandb() -> None:
     """Let wandb write what it holds, where it was loaded."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:
-        wandb.finish()
+        with contextlib.suppress(Exception):  # its process may have been told too, and have gone
+            wandb.finish()
 
 
 def _leave(exit_code: int) -> NoReturn:

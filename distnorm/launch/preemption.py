@@ -5,8 +5,10 @@ Legend: K = 2 wishes of a rank: the reason to stop, and whether a checkpoint is 
 
 import contextlib
 import enum
+import functools
 import math
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -88,6 +90,7 @@ class Preemption(Callback):
         """Note signals from here on; they count from the first step."""
         connector: Any = getattr(trainer, "_signal_connector")  # noqa: B009 — Lightning has no switch for it
         connector.register_signal_handlers = lambda: None
+        _make_workers_stay(trainer.strategy)
         if stage == "fit":
             self._signals.enter_context(signals.listening())
 
@@ -184,6 +187,29 @@ def _read(run: RunFolder) -> Reason:
     except (OSError, UnicodeDecodeError):
         return Reason.FILE
     return Reason[words] if words in ("SIGUSR1", "SIGTERM") else Reason.FILE
+
+
+def _make_workers_stay(strategy: Any) -> None:
+    """Let the processes of every loader ignore what the run is told: schedulers signal all processes there are.
+
+    One that dies of it takes its rank along, before that could save.
+    """
+    process: Any = strategy.process_dataloader
+
+    def processed(loader: Any) -> Any:
+        loader = process(loader)
+        if getattr(loader, "num_workers", 0):
+            loader.worker_init_fn = functools.partial(_stay, before=loader.worker_init_fn)
+        return loader
+
+    strategy.process_dataloader = processed
+
+
+def _stay(worker: int, before: Callable[[int], None] | None) -> None:
+    for told in signals.LISTENED:
+        signal.signal(told, signal.SIG_IGN)
+    if before is not None:
+        before(worker)
 
 
 def _seconds_of_job(environ: Mapping[str, str] = os.environ) -> float:

@@ -1,6 +1,7 @@
 """What a run says of itself, on the console and in its folder: what was chosen and why, and the result."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
 from distnorm.settings import Settings
 from distnorm.spec import NormSpec
+
+_log = logging.getLogger(__name__)
 
 
 def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conversion: Conversion) -> None:
@@ -95,7 +98,10 @@ def finish(
     }
     if not ranks.is_first:
         return result
-    write_json(run.result, result)
+    try:
+        write_json(run.result, result)
+    except OSError as error:
+        _log.warning("%s could not be written: %s. What follows is all there is of it.", run.result, error)
     console.table(
         f"Result on the test set, {tested.stem} checkpoint",
         [

@@ -18,7 +18,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
-from distnorm.launch.checkpoints import AtomicCheckpointIO, LastCheckpoint, checkpoint_callbacks
+from distnorm.launch.checkpoint_files import AtomicCheckpointIO
+from distnorm.launch.checkpoints import LastCheckpoint, checkpoint_callbacks
 from distnorm.launch.environment import FoundRanks
 from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
