@@ -74,6 +74,7 @@ LADDER = [
         "launch.console",
         "launch.endings",
         "launch.signals",
+        "launch.checkpoint_files",
         "launch.comparison",
         "launch.environment",
         "launch.checkpoint_files",

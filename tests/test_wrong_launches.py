@@ -103,3 +103,36 @@ def test_other_code_on_one_rank_is_refused_on_both_within_30_s(tmp_path):
     assert f"in {runs.ROOT / 'distnorm'} (rank 0 on " in first.stderr
     assert f"in {copy} (rank 1 on " in first.stderr
     assert "Install the same version on every node" in first.stderr
+
+
+LAUNCHED = """#!/bin/bash
+doctor="-m distnorm.cli doctor trainer.accelerator=cpu trainer.timeout_s=60 runs_dir=$1"
+one="--exact --nodes=1 --ntasks=1"
+$PYTHON $doctor > $1/without_srun 2>&1 &
+srun $one $PYTHON $doctor trainer.devices=2 > $1/one_task 2>&1 &
+srun --exact --nodes=2 --ntasks-per-node=1 $PYTHON $doctor trainer=slurm trainer.devices=2 > $1/other_number 2>&1 &
+srun --exact --nodes=2 --ntasks-per-node=1 $PYTHON $doctor trainer=slurm > $1/as_it_should 2>&1 &
+wait
+"""
+
+
+def test_slurm_leaves_what_these_checks_read(slurm, tmp_path):
+    options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4"]
+    job = slurm.submit(LAUNCHED, tmp_path, options=options)
+    assert slurm.wait(job, "COMPLETED"), slurm.output(job)
+    said = {file.name: file.read_text() for file in tmp_path.iterdir() if file.is_file()}
+    assert f"SLURM job {job} has 2 tasks, and python was started without srun" in said["without_srun"]
+    assert "trainer.devices=2, and srun started 1 task" in said["one_task"]
+    assert "trainer.devices=2, but slurm started 1 on this node" in said["other_number"]
+    assert "failure" not in said["as_it_should"]
+    assert "2 CPU ranks, 1 on each of 2 nodes, started by srun" in said["as_it_should"]
+
+
+def test_a_rank_that_dies_in_a_job_without_a_word_is_named_last(slurm, tmp_path):
+    quick = ("trainer.accelerator=cpu", "norm=sync", "logger.mode=disabled", "drift=none", f"runs_dir={tmp_path}")
+    options = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1"]
+    job = slurm.submit("slurm/train.sbatch", *quick, "model._target_=tests.faulty.DiesOnRank1", options=options)
+    assert slurm.wait(job, "FAILED"), slurm.output(job)
+    last = slurm.output(job).strip().splitlines()[-3:]
+    assert "rank 1 left before stages.1.0.bn1 (step 4)" in "\n".join(last)
+    assert last[-1].startswith("rank 1 failed first, without a word")
