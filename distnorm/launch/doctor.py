@@ -77,7 +77,7 @@ def find_run(asked: Sequence[str], config: Path = CONFIG, environ: Mapping[str, 
     """Find the run that has just ended: the folder that is named, or the newest of this SLURM job.
 
     Args:
-        asked: a run's folder, or overrides, as train.py took them: they say where run folders are.
+        asked: a run's folder, or overrides, as train.py took them: `runs_dir=` says where run folders are.
         config: the root of the configuration.
         environ: where SLURM has left the job's number; without one the newest run of all is taken.
 
@@ -89,9 +89,11 @@ def find_run(asked: Sequence[str], config: Path = CONFIG, environ: Mapping[str, 
     """
     if len(asked) == 1 and (Path(asked[0]) / "ranks").is_dir():
         return RunFolder(Path(asked[0]).resolve())
-    runs = Path(_composed(asked, config).runs_dir)
-    of_job = f"{job_name(environ)}-*" if "SLURM_JOB_ID" in environ else "*"
-    found = [path for path in runs.glob(of_job) if (path / "ranks").is_dir()]
+    runs = Path(_composed([change for change in asked if change.startswith("runs_dir=")], config).runs_dir)
+    job = job_name(environ) if "SLURM_JOB_ID" in environ else None
+    found = [path for path in runs.glob(f"{job}-*" if job else "*") if (path / "ranks").is_dir()]
+    if job:
+        found += [path for path in runs.glob("sweep-*/jobs/*") if failures.job_of(RunFolder(path)) == job]
     return RunFolder(max(found, key=lambda path: (path / "ranks").stat().st_mtime).resolve()) if found else None
 
 

@@ -140,7 +140,8 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
     with Preflight(found, checked.trainer.timeout_s) as preflight:
         complete, run = _open(checked, found, place)
         preflight.check(complete, run)
-    if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
+    of_many = place is not None and "SLURM_ARRAY_TASK_ID" not in os.environ  # an array's task has one job, and is fresh
+    if found.started_by == "distnorm" or (of_many and found.started_by == "nobody"):
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
 
         local.start_ranks(sys.argv[0], run, found.world_size)

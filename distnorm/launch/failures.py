@@ -16,7 +16,7 @@ from typing import Any
 from distnorm import positions, whereabouts
 from distnorm.errors import DistNormError, GroupError, ranks_in_words
 from distnorm.launch.endings import RunInterruptedError
-from distnorm.launch.run_dir import RunFolder, write_json
+from distnorm.launch.run_dir import RunFolder, job_name, write_json
 
 _LOST_PEER = ("closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Gloo", "gloo")
 _STARTED = "started.json"
@@ -71,7 +71,22 @@ def _tell_torchrun(message: str, whole: str, now: float) -> None:
 
 def note_start(run: RunFolder, world_size: int, where: str) -> None:
     """Write down who takes part, once all ranks have come: of one that leaves no word this is all that is known."""
-    write_json(run.ranks / _STARTED, {"time": time.time(), "world_size": world_size, "where": where})
+    job = job_name() if "SLURM_JOB_ID" in os.environ else None
+    write_json(run.ranks / _STARTED, {"time": time.time(), "world_size": world_size, "where": where, "job": job})
+
+
+def job_of(run: RunFolder) -> str | None:
+    """Name the SLURM job whose ranks were here last, as its run folders' names begin; `None`: none, or nobody knows."""
+    started = _read(run.ranks / _STARTED) or {}
+    job: str | None = started.get("job")
+    return job
+
+
+def reason(run: RunFolder) -> str | None:
+    """Give the words of the rank that failed first; `None` where none left any."""
+    notes = _notes(run, 0.0)
+    first = _first(notes, {}, 0)
+    return str(notes[first[0]]["message"]) if first else None
 
 
 def after(run: RunFolder) -> str:
