@@ -44,7 +44,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
-    callbacks += [drift, ExactResume(settings.seed, settings.device_batch * ranks.world_size)]
+    callbacks += [drift, ExactResume(settings.seed, settings.device_batch * ranks.world_size, settings.optimizer)]
     loggers = make_loggers(settings.logger, run, report.config(settings, conversion), is_first=ranks.is_first)
     trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)
     task = build(settings.task, model=model, optimizer=build(settings.optimizer))

@@ -65,6 +65,16 @@ def find(path: str | Path, *, warn: bool = True) -> Path:
     raise ConfigError(f"{'; '.join(damages)}. Give another checkpoint, e.g. ckpt_path={last.with_name('best.ckpt')}.")
 
 
+def entry_of(path: Path) -> dict[str, Any]:
+    """Read the entry `distnorm` of a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is not one of ours.
+    """
+    entry: dict[str, Any] = _read(path)[ENTRY]
+    return entry
+
+
 def damage_of(path: Path) -> str | None:
     """Say what is wrong with a checkpoint's file, or `None` where every byte that matters is as it was written.
 

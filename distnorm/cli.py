@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,6 +56,12 @@ REPORT: Mapping[str, Mapping[str, Any]] = {
     "--png": {"metavar": "DIR", "help": "a folder for figures too, as papers want them"},
 }
 """Arguments of `distnorm report`: those of `distnorm.drift.report.command.report`."""
+
+DOCTOR: Mapping[str, Mapping[str, Any]] = {
+    "changes": {"nargs": "*", "metavar": "override", "help": "as train.py takes them: trainer=slurm norm=sync"},
+    "--after": {**_FLAG, "help": "name the rank that failed first, of this job's run or of a run's folder"},
+}
+"""Arguments of `distnorm doctor`: those of `distnorm.launch.doctor`."""
 
 
 SUBMIT: Mapping[str, Mapping[str, Any]] = {
@@ -116,6 +123,16 @@ def _report(**asked: Any) -> None:
     print(*report(read=history.read, **asked), sep="\n")
 
 
+def _doctor(*, changes: Sequence[str] = (), after: bool = False) -> None:
+    from distnorm.launch import doctor as doctors  # noqa: PLC0415 — loads Hydra
+
+    console.quiet_libraries()
+    if after:
+        print(doctors.after(changes), file=sys.stderr)
+    elif not doctors.report(changes):
+        raise SystemExit(2)
+
+
 def _submit(*, overrides: Sequence[str] = (), **asked: Any) -> None:
     from distnorm.launch.slurm import submit  # noqa: PLC0415 — loads Hydra, that `decide` does without
 
@@ -155,6 +172,12 @@ _COMMANDS: Mapping[str, tuple[str, str | None, Mapping[str, Mapping[str, Any]], 
     ),
     "calibrate": ("measure a trained model's statistics on other data, by name", None, CALIBRATE, _calibrate),
     "report": ("show how the statistics of runs drifted, on one page", None, REPORT, _report),
+    "doctor": (
+        "check a launch as the start of a run does: srun distnorm doctor …",
+        "[--after] [overrides]",
+        DOCTOR,
+        _doctor,
+    ),
     "submit": (
         "submit a run or a sweep to SLURM",
         "[options; see distnorm submit --help] -- overrides",

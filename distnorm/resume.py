@@ -1,7 +1,8 @@
 """Exact resume: a training that goes on from a checkpoint does what it would have done without the interruption."""
 
 import logging
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -46,6 +47,8 @@ class ExactResume(Callback):
     `GlobalBatchSampler` does, or the loader keeps a state (`state_dict`), which is Lightning's business. Else its
     batches are those of the epoch's beginning, which is said.
 
+    A logger that has `rewind(step, time_s)` is asked to forget what was logged after the checkpoint.
+
     On another number of ranks random streams begin anew, from seed, rank and step; what was counted is shared out.
 
     Place it after all other callbacks. What a module draws in its own `on_train_start` is drawn after the streams are
@@ -55,12 +58,14 @@ class ExactResume(Callback):
     Args:
         seed: the run's, for streams that begin anew.
         global_batch: samples a step over all ranks, kept with the place.
+        optimizer: settings of the optimizer by name, kept too. Those that differ from the checkpoint's apply from the
+            resumed step on, the learning rate along its schedule; all else of the optimizer is the checkpoint's.
 
     Collective: 1 gather of the states over the control group a checkpoint. Every rank saves.
     """
 
-    def __init__(self, seed: int, global_batch: int = 0) -> None:
-        self._seed, self._global_batch = seed, global_batch
+    def __init__(self, seed: int, global_batch: int = 0, optimizer: Mapping[str, Any] | None = None) -> None:
+        self._seed, self._global_batch, self._optimizer = seed, global_batch, dict(optimizer or {})
         self._stored: dict[str, Any] | None = None
 
     def on_save_checkpoint(
@@ -73,6 +78,7 @@ class ExactResume(Callback):
         entry = checkpoint.setdefault(checkpoints.ENTRY, {})
         entry["ranks"] = collectives.agree(own, "the gathering of the ranks' states")
         epoch, step = loop_state.settle(trainer, checkpoint["loops"]["fit_loop"])
+        entry["optimizer"], entry["saved_at_s"] = self._optimizer, time.time()
         entry["place"] = {"epoch": epoch, "step": step, "global_batch": self._global_batch}
 
     def on_load_checkpoint(
@@ -86,18 +92,30 @@ class ExactResume(Callback):
         """Put everything back: whatever Lightning and loaders draw at a start has been drawn."""
         stored, self._stored = self._stored or {}, None
         if "place" not in stored:
+            if not trainer.global_step:  # a requeue before the first checkpoint finds rows, and begins anew
+                _rewind(trainer, -1, 0.0)
             return
+        _rewind(trainer, trainer.global_step, stored["saved_at_s"])
         loop_state.begin_epoch_anew(trainer)
         _go_to(trainer, **stored["place"])
-        before, rank, world = stored["ranks"], collectives.rank(), collectives.world_size()
-        own = range(rank, len(before), world)
-        _load_metrics(pl_module, [before[r]["metrics"] for r in own])
-        if isinstance(pl_module, KeepsRankState) and all("module" in state for state in before):
-            pl_module.load_rank_states([state["module"] for state in before], own)
-        if len(before) == world:
-            random_state.put(before[rank]["random"])
+        ranks, rank, world = stored["ranks"], collectives.rank(), collectives.world_size()
+        own = range(rank, len(ranks), world)
+        _load_metrics(pl_module, [ranks[r]["metrics"] for r in own])
+        if isinstance(pl_module, KeepsRankState) and all("module" in state for state in ranks):
+            pl_module.load_rank_states([state["module"] for state in ranks], own)
+        for key, old in stored["optimizer"].items():
+            if key in self._optimizer and self._optimizer[key] != old:
+                _change(trainer, key, old, self._optimizer[key])
+        if len(ranks) == world:
+            random_state.put(ranks[rank]["random"])
         else:
             random_state.seed_rank(self._seed, rank, trainer.global_step)
+
+
+def _rewind(trainer: pl.Trainer, step: int, time_s: float) -> None:
+    for logger in trainer.loggers:
+        if hasattr(logger, "rewind"):
+            logger.rewind(step, time_s)
 
 
 def _go_to(trainer: pl.Trainer, epoch: int, step: int, global_batch: int) -> None:  # noqa: ARG001
@@ -117,6 +135,24 @@ def _go_to(trainer: pl.Trainer, epoch: int, step: int, global_batch: int) -> Non
                 epoch,
                 step,
             )
+
+
+def _change(trainer: pl.Trainer, key: str, old: Any, new: Any) -> None:
+    """Change a setting of the optimizer in the groups that had it from there, and what its schedule starts from."""
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            if key == "lr" and group.get("initial_lr", group["lr"]) == old:
+                group["lr"] = new * (group["lr"] / old) if old else new
+                group["initial_lr"] = new
+            elif key != "lr" and key in group and _plain(group[key]) == _plain(old):
+                group[key] = type(group[key])(new) if isinstance(group[key], tuple) else new
+    for config in trainer.lr_scheduler_configs if key == "lr" else ():
+        if hasattr(config.scheduler, "base_lrs"):
+            config.scheduler.base_lrs = [new if base == old else base for base in config.scheduler.base_lrs]
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _counting(pl_module: nn.Module) -> Iterator[tuple[str, Metric]]:

@@ -64,6 +64,12 @@ class RecordLogger(Logger):
         self._opened().take(event)
 
     @rank_zero_only
+    def rewind(self, step: int, time_s: float) -> None:
+        """Take away what a run wrote after the checkpoint that it goes on from, in the same folder."""
+        if self._run.record.exists():
+            self._opened().rewind(step, time_s)
+
+    @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Leave them out: `config.yaml` has them."""
 

@@ -8,6 +8,10 @@ from torch import Tensor
 from distnorm.models import ResNet
 
 
+def _is_rank_1() -> bool:
+    return os.environ.get("SLURM_PROCID", os.environ.get("RANK")) == "1"
+
+
 class RaisesOnRank1(ResNet):
     """Raises in rank 1's fifth training forward."""
 
@@ -15,7 +19,7 @@ class RaisesOnRank1(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
-        if self.calls == 5 and os.environ.get("RANK") == "1":
+        if self.calls == 5 and _is_rank_1():
             raise ValueError("the label file is corrupt")
         return super().forward(x)
 
@@ -27,7 +31,7 @@ class DiesOnRank1(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
-        if self.calls == 5 and os.environ.get("RANK") == "1":
+        if self.calls == 5 and _is_rank_1():
             self.stages[1].register_forward_pre_hook(lambda *_: os._exit(7))
         return super().forward(x)
 
@@ -39,7 +43,7 @@ class BranchesOnRank1(ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
-        if self.calls == 3 and os.environ.get("RANK") == "1":
+        if self.calls == 3 and _is_rank_1():
             super().forward(x)
         return super().forward(x)
 
@@ -52,7 +56,6 @@ class SlowOnRank1(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += self.training
         first = int(os.environ.get("DISTNORM_TEST_SLOW_FROM", "-1"))
-        rank = os.environ.get("SLURM_PROCID", os.environ.get("RANK"))
-        if self.training and rank == "1" and 0 < first <= self.calls < first + 3:
+        if self.training and _is_rank_1() and 0 < first <= self.calls < first + 3:
             time.sleep(1)
         return super().forward(x)

@@ -10,8 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from distnorm import ConfigError
-from distnorm.launch import checkpoints
+from distnorm.data.sampler import GlobalBatchSampler
+from distnorm.launch import checkpoints, resumption
 from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.models import ConvNet
 from tests import ranks, runs
@@ -39,44 +41,69 @@ class ForgetfulNet(ConvNet):
 
 
 class Stop(Callback):
-    """Save, and raise, after some step; or at the first chance from then on."""
+    """Save, and raise, after some step; or at the first chance from then on; or some batches later, as a kill would."""
 
-    def __init__(self, last, step):
-        self._last, self._step = last, step
+    def __init__(self, last, step, dies_after=0):
+        self._last, self._step, self._dies_after, self._saved_at = last, step, dies_after, None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Stop here?"""
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if batches >= self._step and self._last.save(trainer):
+        if self._saved_at is None and batches >= self._step and self._last.save(trainer):
+            self._saved_at = batches
+        if self._saved_at is not None and batches >= self._saved_at + self._dies_after:
             raise RunInterruptedError("stopped by the test")
 
 
-def in_pool(folder, world, *overrides, stop_at=None):
+def in_pool(folder, world, *overrides, **stop):
     """Train on warm ranks; returns whether the training was stopped, and rank 0's console, or what refused."""
-    complete = runs.composed(*runs.QUICK, f"trainer.devices={world}", *SMALL, *overrides).with_batches(world)
+    return in_pool_drawing(folder, world, *overrides, **stop)[:2]
+
+
+def in_pool_drawing(folder, world, *overrides, stop_at=None, dies_after=0):
+    """The same, and the (epoch, sample) pairs that each rank drew; with loader workers that is more than it trained."""
+    complete = settled(world, *overrides)
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    return ranks.run(_train, complete, run, stop_at, world=world)[0]
+    results = ranks.run(_train, complete, run, stop_at, dies_after, world=world)
+    return *results[0][:2], [drawn for *_, drawn in results]
 
 
-def _train(complete, run, stop_at):
+def settled(world, *overrides):
+    """The settings that ranks get from a command line, those of a resume too."""
+    complete = runs.composed(*runs.QUICK, f"trainer.devices={world}", *SMALL, *overrides)
+    if complete.ckpt_path is None:
+        return complete.with_batches(world)
+    return resumption.prepare(complete, Ranks(world, world, 1, 0, 0, "distnorm", "cpu"))
+
+
+def _train(complete, run, stop_at, dies_after):
     from distnorm.launch import trainer as launch_trainer
+
+    drawn, plain = [], GlobalBatchSampler.__iter__
+
+    def drawing(sampler):
+        for batch in plain(sampler):
+            drawn.extend(batch)
+            yield batch
 
     def with_stop(*arguments):
         made = checkpoints.checkpoint_callbacks(*arguments)
         last = next(callback for callback in made if isinstance(callback, checkpoints.LastCheckpoint))
-        return made if stop_at is None else [*made, Stop(last, stop_at)]
+        return made if stop_at is None else [*made, Stop(last, stop_at, dies_after)]
 
     multiprocessing.current_process()._config["daemon"] = False  # ranks of the pool may have loader workers too
     launch_trainer.checkpoint_callbacks, before = with_stop, launch_trainer.checkpoint_callbacks
+    GlobalBatchSampler.__iter__ = drawing
     try:
-        return False, runs._train(complete, run)[1]
+        return False, runs._train(complete, run)[1], drawn
     except RunInterruptedError:
-        return True, ""
+        return True, "", drawn
     except ConfigError as error:  # alike on all ranks: the pool can go on
-        return False, f"ConfigError: {error}"
+        return False, f"ConfigError: {error}", drawn
     finally:
         launch_trainer.checkpoint_callbacks = before
+        GlobalBatchSampler.__iter__ = plain
 
 
 def last(folder):
@@ -85,8 +112,9 @@ def last(folder):
 
 
 def stored(folder):
-    """What the last checkpoint holds, without what names its folder."""
+    """What the last checkpoint holds, without what names its folder and its time."""
     found = torch.load(last(folder), weights_only=True)
+    del found["distnorm"]["saved_at_s"]
     for state in found["callbacks"].values():
         for key in ("dirpath", "best_model_path", "best_k_models", "kth_best_model_path", "last_model_path"):
             state.pop(key, None)

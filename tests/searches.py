@@ -99,7 +99,9 @@ def conduct(folder, found, objective=train):
     """Run a search in this process; its folder."""
     settings = base().model_copy(update={"runs_dir": str(folder)})
     opened = open_search(found, settings, ["train.py"])
-    Conductor(found, Plan(found), opened, composer(settings), Here(), objective, "train.py").run()
+    conductor = Conductor(found, Plan(found), opened, composer(settings), Here(), objective, "train.py")
+    with conductor.told_by(signal.SIGTERM):
+        conductor.run()
     return SearchFolder(opened.path)
 
 

@@ -26,10 +26,18 @@ CASES = {
 LOGGED = "trainer.log_every_n_steps=3"
 
 
-def numbers(folder):
-    """The rows of numbers of a record, without their times, and without what an evaluation at the end adds."""
-    rows = [row for row in runs.rows(runs.RunFolder(folder)) if {"train/loss", "val/loss"} & row.keys()]
-    return [{key: value for key, value in row.items() if key != "time"} for row in rows]
+def rows(folder):
+    """The rows of a record, without their times; what an end adds is left out: a test, last snapshots."""
+    kept = [
+        row for row in runs.rows(runs.RunFolder(folder)) if {"train/loss", "val/loss", "drift", "alarm"} & row.keys()
+    ]
+    return [{key: value for key, value in row.items() if key != "time"} for row in kept if "test/loss" not in row]
+
+
+def by_kind(*folders):
+    """The rows of trainings that follow on one another, each kind in its order."""
+    every = [row for folder in folders for row in rows(folder)]
+    return {kind: [row for row in every if kind in row] for kind in ("train/loss", "val/loss", "drift", "alarm")}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,7 +51,26 @@ def test_resumed_is_uninterrupted(tmp_path, case):
         assert interrupted.in_pool(first, world, *overrides, LOGGED, stop_at=stop)[0]
         interrupted.in_pool(then, world, *overrides, LOGGED, f"ckpt_path={interrupted.last(first)}")
         assert interrupted.differences(whole, interrupted.stored(then)) == []
-        assert numbers(first) + numbers(then) == numbers(tmp_path / "whole")
+        assert by_kind(first, then) == by_kind(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stop", [LAST_OF_AN_EPOCH, 10, 12])  # the drift of even steps is measured: one is under way
+def test_a_requeue_repeats_and_loses_no_row_of_the_record(tmp_path, stop):
+    overrides = ["data.device_batch=112", "norm=batch", "drift.interval=2"]
+    interrupted.in_pool(tmp_path / "whole", 1, *overrides)
+    interrupted.in_pool(tmp_path / "run", 1, *overrides, stop_at=stop, dies_after=3)
+    assert max(row["step"] for row in rows(tmp_path / "run")) > stop
+    interrupted.in_pool(tmp_path / "run", 1, *overrides, f"ckpt_path={tmp_path / 'run'}")
+    assert by_kind(tmp_path / "run") == by_kind(tmp_path / "whole")
+    run, whole = (interrupted.stored(tmp_path / run) for run in ("run", "whole"))
+    assert interrupted.differences(run, whole) == []
+
+
+def test_a_requeue_before_the_first_checkpoint_begins_the_record_anew(tmp_path):
+    interrupted.in_pool(tmp_path / "whole", 1, "data.device_batch=112")
+    interrupted.in_pool(tmp_path / "run", 1, "data.device_batch=112", stop_at=4)
+    interrupted.in_pool(tmp_path / "run", 1, "data.device_batch=112")
+    assert by_kind(tmp_path / "run") == by_kind(tmp_path / "whole")
 
 
 def test_more_steps_go_on_where_fewer_ended(tmp_path):

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from bench import search as bench
 from distnorm.errors import ConfigError
 from distnorm.search import design, scales
+from distnorm.search.folder import Outcome
 from distnorm.search.plan import Plan, Result, best_of
 from tests.searches import SPACE, asked, loss_of
 
@@ -255,3 +257,20 @@ def test_the_standard_search_begins_with_the_learning_rate():
     assert "optimizer.momentum" in [dimension.key for dimension in found.ladder[1]]
     assert "optimizer.weight_decay" in [dimension.key for dimension in found.ladder[2]]
     assert asked(space=None, tiers=[["optimizer.momentum"]]).keys == ["optimizer.momentum"]
+
+
+def test_the_comparison_counts_the_first_trials_and_takes_their_test_accuracy():
+    values = [3.0, None, 2.0, 2.5, 2.1, 1.0, 0.5]
+    outcomes = {
+        n: Outcome(n, 0, dict.fromkeys(SPACE, 0.5), "complete", value, {"test/accuracy": n / 10})
+        for n, value in enumerate(values)
+    }
+    assert [bench.best_after(outcomes, n) for n in (1, 2, 5, 6, 25)] == [
+        (3.0, 0.0), (3.0, 0.0), (2.0, 0.2), (1.0, 0.5), (0.5, 0.6),
+    ]  # fmt: skip
+    assert bench.curve(outcomes) == [3.0, 3.0, 2.0, 2.0, 2.0, 1.0, 0.5]
+    other = {0: Outcome(0, 0, dict.fromkeys(SPACE, 0.5), "complete", 1.0, {"test/accuracy": 0.4})}
+    text = bench.markdown({("random", 0): outcomes, ("random", 1): other})
+    error = np.std([2.0, 1.0], ddof=1) / np.sqrt(2)
+    assert f"| random | 5 | 1.500 ± {error:.3f} | 30.0 ± 10.0 |" in text
+    assert "| random | 0 | 6 | 0.5 | 0.500 | 0.500 | 60.0 |" in text

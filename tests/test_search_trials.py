@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -210,11 +211,39 @@ def stop_first(settings, ranks, run):
 
 
 def test_a_trial_that_was_told_to_stop_is_left_for_the_next_time(tmp_path):
-    with pytest.raises(RunInterruptedError, match="1 trials were stopped, first: saved at step 3"):
+    with pytest.raises(
+        RunInterruptedError, match="stopped after 3 of 4 trials; 1 were cut short, the first with: saved at step 3"
+    ):
         searches.conduct(tmp_path, asked(trials=4), stop_first)
     (path,) = tmp_path.iterdir()
     assert begun(path) == [0, 99, 2, 3]
     assert not (path / "trials/0001/outcome.json").exists()
+
+
+def wait_to_be_told(settings, ranks, run):
+    searches.train(settings, ranks, run)
+    if len(begun(run.path.parent.parent)) == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+        runs.wait_for(run.stop.exists)
+        raise RunInterruptedError("saved at step 3")
+
+
+def say(folder):
+    try:
+        conducted(folder, "random", wait_to_be_told, trials=4)
+    except RunInterruptedError as error:
+        (folder / "said").write_text(str(error))
+
+
+def test_a_search_that_gets_a_signal_asks_its_trials_to_save_and_begins_no_other(tmp_path):
+    assert ended(in_process(say, tmp_path)) == 0
+    text = (tmp_path / "said").read_text()
+    assert "stopped after 1 of 4 trials; 1 were cut short, the first with: saved at step 3" in text
+    assert "The same command goes on" in text
+    (path,) = tmp_path.glob("search-*")
+    assert begun(path) == [0, 1]
+    searches.conduct(tmp_path, asked(trials=4))
+    assert begun(path) == [0, 1, 1, 2, 3]
 
 
 def test_a_name_is_one_search_s(tmp_path):

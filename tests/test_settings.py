@@ -69,7 +69,7 @@ def test_every_file_of_every_group_composes_and_passes(group, choice, monkeypatc
 
 def test_no_group_is_without_files_and_every_kind_of_norm_has_one():
     groups = {group for group, _ in CHOICES}
-    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer"}
+    assert groups - {"experiment"} == {"data", "model", "task", *SCHEMA, "optimizer", "search"}
     assert {choice for group, choice in CHOICES if group == "norm"} == set(KINDS)
 
 
@@ -192,7 +192,7 @@ MISTYPED = [
     ("trainer.lightning.deterministic=true", "with a plus, +trainer.lightning.deterministic="),
     ("trainer.lightning={limit_val_batches: 0}", "with a plus, +trainer.lightning.<argument>="),
     ("model.blocks=3", "model.blocks: there is no such key", "Did you mean 'model.blocks_per_stage'?"),
-    ("model.strides=[1]", "model.strides is a key of model=convnet", "Use model=convnet, or leave it out."),
+    ("model.strides=[1]", "model.strides is a key of model=convnet", "Add model=convnet, or leave model.strides out."),
     ("norm=sync,batch", "norm=sync,batch gives several values for one run", "Add -m"),
     ("norm", "'norm' cannot be read as key=value", "e.g. norm=sync"),
     ("~foo", "'foo' does not exist"),
@@ -246,7 +246,7 @@ def test_ranks_that_torchrun_or_srun_started_are_found():
         assert find(SLURM, asked, "num_nodes=auto") == ranks.Ranks(4, 2, 2, 3, 1, "slurm", "cpu")
     assert find(SLURM | TORCHRUN, "ranks_from=slurm").started_by == "slurm"
     assert not find(TORCHRUN).is_first
-    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "nobody"
+    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "slurm"
 
 
 UNEVEN = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}

@@ -1,6 +1,7 @@
 """The scripts of slurm/ on a real SLURM: what they start, pass on and requeue, and that training is the same there."""
 
 import csv
+import itertools
 import json
 import textwrap
 from pathlib import Path
@@ -141,12 +142,16 @@ def test_submit_starts_a_sweep_as_an_array_and_says_where_it_is(slurm, monkeypat
     for key, value in slurm.environ.items():
         monkeypatch.setenv(key, value)
     monkeypatch.chdir(runs.ROOT)
-    typed = [*TRAINING, "norm=batch,group", "trainer.max_steps=2", f"runs_dir='{tmp_path}/with a blank'"]
+    grid = ["norm=batch,sync,group", "data.device_batch=64,128", "trainer.max_steps=2"]
+    typed = [*TRAINING[:-3], *grid, f"runs_dir='{tmp_path}/with a blank'"]
     log = f"--output={slurm.folder}/%j.out"
     words = submit(typed, script="sweep", nodes="1", gpus_per_node="0", cpus_per_task="1", sbatch=[log])
     said = dict(line.split(maxsplit=1) for line in words.splitlines())
-    for task in range(2):
-        slurm.wait(f"{said['job']}_{task}", "COMPLETED")
+    for task in range(6):
+        slurm.wait(f"{said['job']}_{task}", "COMPLETED", timeout_s=200)
     assert said["log"] == f"{slurm.folder}/{said['job']}.out"
     rows = list(csv.DictReader((Path(said["run"]) / "results.csv").open()))
-    assert {row["norm"]: row["state"] for row in rows} == {"batch": "done", "group": "done"}
+    assert sorted(row["job"] for row in rows if row["state"] == "done") == list("012345")
+    assert {(row["norm"], row["data.device_batch"]) for row in rows} == set(
+        itertools.product(("batch", "sync", "group"), ("64", "128"))
+    )

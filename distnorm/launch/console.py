@@ -41,9 +41,10 @@ def quiet_libraries() -> None:
 
 
 def fail(error: DistNormError) -> NoReturn:
-    """Print a mistake in its own words, and end with its exit code."""
+    """Print a mistake in its own words, unless another rank does, and end with its exit code."""
     sys.stdout.flush()
-    print(error, file=sys.stderr)
+    if error.aloud:
+        print(error, file=sys.stderr)
     raise SystemExit(error.exit_code)
 
 

@@ -14,10 +14,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distnorm import checkpoint, settings, targets
+from distnorm import settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks, requeue, run_dir, signals
+from distnorm.launch import console, failures, overrides, ranks, requeue, resumption, run_dir, signals
 from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
@@ -135,27 +136,12 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one, or that of a run
             that SLURM or torchrun has started again.
     """
-    from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
-
     found = ranks.find(checked.trainer)
-    run = place or run_dir.locate(checked, found)
-    again = place is not None or run_dir.has_restarted(run)
-    own = _own_settings(run) if again and place is None else checked
-    complete = own.with_batches(found.world_size)
-    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
-        complete = complete.model_copy(update={"ckpt_path": str(run.path)})
-    spec = complete.decide(found.world_size, found.per_node)
-    trainer.check_passthrough(complete.trainer.lightning)
-    data = targets.build(complete.data)
-    if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
-        data.describe(found.world_size)
-    settings.check_fit(complete, data)
-    if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path, warn=found.is_first).resolve()
-        checkpoint.check_resume(path, spec)
-        complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run_dir.open_run(complete, found, run, again=again)
-    if found.started_by == "distnorm" or (place is not None and found.started_by == "nobody"):
+    with Preflight(found, checked.trainer.timeout_s) as preflight:
+        complete, run = _open(checked, found, place)
+        preflight.check(complete, run)
+    of_many = place is not None and "SLURM_ARRAY_TASK_ID" not in os.environ  # an array's task has one job, and is fresh
+    if found.started_by == "distnorm" or (of_many and found.started_by == "nobody"):
         from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
 
         local.start_ranks(sys.argv[0], run, found.world_size)
@@ -165,13 +151,37 @@ def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> N
         _train_here(train, complete, found, run)
 
 
+def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tuple[Settings, RunFolder]:
+    """Check what this rank can by itself, and open the run's folder; the settings, resolved."""
+    from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
+
+    run = place or run_dir.locate(checked, found)
+    again = place is not None or run_dir.has_restarted(run)
+    own = _own_settings(run) if again and place is None else checked
+    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
+        own = own.model_copy(update={"ckpt_path": str(run.path)})
+    if own.ckpt_path is None:
+        complete = own.with_batches(found.world_size)
+        complete.decide(found.world_size, found.per_node)
+    else:
+        complete = resumption.prepare(own, found)
+    trainer.check_passthrough(complete.trainer.lightning)
+    data = targets.build(complete.data)
+    if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
+        data.describe(found.world_size)
+    settings.check_fit(complete, data)
+    run_dir.open_run(complete, found, run, again=again)
+    return complete, run
+
+
 def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
     """Train in this process, alone or as a rank of torchrun or srun.
 
     Told to stop, the first rank says so, asks for the requeue, and has the exit code. Every process then ends at once:
     a destructor of its process group might abort it, and change its exit code.
     """
-    with signals.listening():
+    noted = failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext()
+    with noted, signals.listening():
         try:
             train(checked, found, run)
         except RunInterruptedError as error:
@@ -209,12 +219,12 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     checked = run.read_settings()
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
-    try:
-        train(checked, found, run)
-    except RunInterruptedError as error:
-        _close_wandb()
-        local.note_ending(run, found.rank, error)
-        _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files
-    except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
-        local.note_failure(run, found.rank, error)
-        _leave(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
+    with failures.noted(run, found.rank, aloud=not found.is_first), signals.listening():
+        try:
+            with Preflight(found, checked.trainer.timeout_s) as preflight:
+                preflight.check(checked, run)
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            local.note_ending(run, found.rank, error)
+            _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files

@@ -13,19 +13,17 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distnorm import positions, whereabouts
-from distnorm.errors import DistNormError, GroupError
-from distnorm.launch import console, signals
+from distnorm.errors import DistNormError
+from distnorm.launch import console, failures, signals
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json, write_whole
 
@@ -78,9 +76,9 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             with _passing_on(run):
                 elastic_launch(config, sys.executable)("-u", script)
         except ChildFailedError as error:
-            raise RankError(_describe(error, run, started)) from None
+            raise RankError(failures.in_words(run, started, _how_ended(error))) from None
         except SignalException as error:
-            print(*_where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
+            print(*failures.where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
@@ -126,19 +124,6 @@ def end_with_parent() -> None:
         raise SystemExit(1)
 
 
-def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
-    """Leave word of the exception that ends this rank, with the time, for the launcher to find the first."""
-    whole = "".join(traceback.format_exception(error))
-    note = {
-        "time": time.time(),
-        "kind": type(error).__name__,
-        "message": str(error) if isinstance(error, DistNormError) else _short_traceback(error),
-        "lost_peer": isinstance(error, GroupError) or any(word in str(error) for word in _LOST_PEER),
-        "traceback": whole.splitlines(),
-    }
-    write_json(run.error_of(rank), note)
-
-
 def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
     """Leave word, on rank 0, that the run was told to stop, for the launcher to say."""
     if rank == 0:
@@ -157,64 +142,17 @@ def _ending_of(run: RunFolder) -> Path:
     return run.ranks / "stopped.json"
 
 
-def _short_traceback(error: BaseException) -> str:
-    """Keep the frames of code that a user can change, and the last: Lightning and torch add forty between them."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames[:-1] if not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)]
-    left_out = len(frames) - len(own) - 1
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list([*own, frames[-1]])]
-    lines += [f"  ({left_out} frames of installed packages left out)\n"] if left_out else []
-    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
-
-
-_LOST_PEER = ("closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Gloo", "gloo")
-
-
 def _shutdown_timeout() -> dict[str, Any]:
     """Ask for a quick end where this torch can be asked: 2.11 waits 30 s."""
     fields = {field.name for field in dataclasses.fields(LaunchConfig)}
     return {"shutdown_timeout": _PATIENCE_S} if "shutdown_timeout" in fields else {}
 
 
-def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
-    """Say which rank failed first, and why; that comes last, where one looks."""
-    notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
-    first = _first(error, notes)
-    lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
-    lines += _where_the_ranks_were(run, started)
-    if first:
-        lines.append(f"rank {first} wrote {run.log_of(first)}")
-    if first in notes:
-        lines += [f"rank {first} failed first, with {notes[first]['kind']}:", notes[first]["message"]]
-    else:
-        failure = error.failures[first]
-        how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        lines.append(f"rank {first} failed first: it ended by {how} (process {failure.pid}).")
-    return "\n".join(lines)
-
-
-def _where_the_ranks_were(run: RunFolder, started: float) -> list[str]:
-    """Say who left before which layer and who waited there, in one line; none before the first exchange."""
-    sentence = whereabouts.in_words(positions.read(run.ranks, started))
-    return [sentence] if sentence else []
-
-
-def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
-    """Find the first failure. A rank that lost its peer is not the first; one that ended without a word is."""
-    own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
-    if own_fault:
-        return min(own_fault, key=lambda rank: notes[rank]["time"])
-    silent = [rank for rank, failure in error.failures.items() if rank not in notes and not _was_ended(failure)]
-    if silent:
-        return silent[0]
-    return min(notes, key=lambda rank: notes[rank]["time"]) if notes else min(error.failures)
-
-
-def _was_ended(failure: ProcessFailure) -> bool:
-    """Tell whether it was the launcher that ended this rank, for another's sake."""
-    return -failure.exitcode in (signal.SIGTERM, signal.SIGINT)
-
-
-def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
-    files = run.ranks.glob("rank*.error.json")
-    return [(int(file.name.removeprefix("rank").removesuffix(".error.json")), file) for file in files]
+def _how_ended(error: ChildFailedError) -> dict[int, str]:
+    """Say how ranks ended, those apart that the launcher itself ended for another's sake."""
+    how = {
+        rank: f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        for rank, failure in error.failures.items()
+    }
+    themselves = [rank for rank in how if -error.failures[rank].exitcode not in (signal.SIGTERM, signal.SIGINT)]
+    return {rank: f"{how[rank]} (process {error.failures[rank].pid})" for rank in themselves or how}

@@ -63,11 +63,9 @@ def _unknown_key(path: str, conf: Path) -> str:
     if "trainer.lightning" in (path, parent):
         added = path if parent == "trainer.lightning" else f"{path}.<argument>"
         return f"{path} is passed on to lightning.Trainer: add each argument with a plus, +{added}=…"
-    elsewhere = _choices_with(parent, key, conf)
-    if elsewhere:
-        several = " or ".join(f"{parent}={choice}" for choice in elsewhere)
-        return f"{path} is a key of {several}, not of the {parent} chosen here. Use {several}, or leave it out."
     keys = _known_keys(conf)
+    if path in keys and (having := _choices_with(conf / parent, key)):
+        return f"{path} is a key of {having} alone. Add {having.split(' or ')[0]}, or leave {path} out."
     siblings = {known.rpartition(".")[2]: known for known in keys if known.rpartition(".")[0] == parent}
     near = did_you_mean(key, siblings)
     if near and parent:
@@ -78,10 +76,12 @@ def _unknown_key(path: str, conf: Path) -> str:
     return f"{path}: there is no such key.{near}\n{of}: {', '.join(choices)}."
 
 
-def _choices_with(group: str, key: str, conf: Path) -> list[str]:
-    """Name the choices of a group with targets that have a key: it was right, and the choice another."""
-    files = sorted((conf / group).glob("[!_]*.yaml")) if group in _TARGET_GROUPS else []
-    return [file.stem for file in files if re.search(rf"^{re.escape(key)}:", file.read_text(), re.MULTILINE)]
+def _choices_with(group: Path, key: str) -> str:
+    """Name the choices of a group whose files have a key: `search=grid`."""
+    found = {file.stem for file in group.glob("*.yaml") if re.search(rf"^{key}:", file.read_text(), re.MULTILINE)}
+    if "_base" in found:
+        found = {file.stem for file in group.glob("[!_]*.yaml")}
+    return " or ".join(f"{group.name}={name}" for name in sorted(found))
 
 
 def _known_keys(conf: Path) -> list[str]:
@@ -92,7 +92,7 @@ def _known_keys(conf: Path) -> list[str]:
     for group in _TARGET_GROUPS:
         for file in sorted((conf / group).glob("*.yaml")):
             names = (line.split(":")[0] for line in file.read_text().splitlines() if re.match(r"[a-z]\w*:", line))
-            keys += [f"{group}.{name}" for name in names]
+            keys += [f"{group}.{name}" for name in names if name != "defaults"]
     return list(dict.fromkeys(keys))
 
 

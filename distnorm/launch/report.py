@@ -7,7 +7,7 @@ from typing import Any
 
 from distnorm.conversion import Conversion
 from distnorm.drift.monitor import DriftMonitor, WorstDrift
-from distnorm.launch import console
+from distnorm.launch import console, resumption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
 from distnorm.settings import Settings
@@ -35,10 +35,7 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
         print(f"data      {data.describe(ranks.world_size)}")
     print("norm      " + str(conversion.spec).replace("\n", "\n          "))
     if settings.ckpt_path is not None:
-        print(f"resumed   from {settings.ckpt_path}")
-        print(
-            "          the optimizer's state is the checkpoint's: its learning rate and decay, not optimizer.*, apply"
-        )
+        print("resumed   " + "\n          ".join(resumption.in_words(settings, conversion.spec)))
     print(flush=True)
     write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
 

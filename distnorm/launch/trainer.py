@@ -10,7 +10,6 @@ import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
-    SLURMEnvironment,
     TorchElasticEnvironment,
 )
 from lightning.pytorch.callbacks import Callback
@@ -21,6 +20,7 @@ from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
 from distnorm.launch.checkpoint_files import AtomicCheckpointIO
 from distnorm.launch.checkpoints import LastCheckpoint, checkpoint_callbacks
+from distnorm.launch.environment import FoundRanks
 from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
@@ -136,5 +136,5 @@ def make_ddp(timeout_s: float) -> DDPStrategy:
 
 def _environment(ranks: Ranks) -> ClusterEnvironment:
     if ranks.started_by == "slurm":
-        return SLURMEnvironment(auto_requeue=False)
+        return FoundRanks(ranks)
     return TorchElasticEnvironment() if ranks.started_by == "torchrun" else LightningEnvironment()

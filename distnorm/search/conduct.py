@@ -1,16 +1,19 @@
 """Conduct a search, or take part in one: claim trials, run them, keep what comes of them, until all are done."""
 
 import contextlib
+import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import overrides
 from distnorm.launch.compose import completed
-from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.endings import REQUEUE, STOPPED, RunInterruptedError
 from distnorm.launch.run_dir import RunFolder, write_whole
 from distnorm.search import design, figure, results, rungs
 from distnorm.search.claims import Claim, Claims
@@ -48,7 +51,7 @@ def conduct(train: Train, base: Settings, compose: Compose, command: Sequence[st
     Raises:
         ConfigError: the search, or the ends of a range, are not good; nothing was run.
         SearchError: all trials failed.
-        RunInterruptedError: trials were told to stop; the same command goes on.
+        RunInterruptedError: it was told to stop, or some trials were; the same command goes on.
 
     Collective: none in this process; trials of several ranks start them.
     """
@@ -60,8 +63,13 @@ def conduct(train: Train, base: Settings, compose: Compose, command: Sequence[st
     folder = open_search(asked, base, command)
     print(f"search    {folder.path}\n          {plan.total} trials, {asked.kind}: {', '.join(asked.keys)}", flush=True)
     workers = Workers[Task](run_trial, asked.workers)
+    conductor = Conductor(asked, plan, folder, compose, workers, train, command[0])
     try:
-        Conductor(asked, plan, folder, compose, workers, train, command[0]).run()
+        with conductor.told_by(signal.SIGTERM, signal.SIGUSR1):
+            conductor.run()
+    except RunInterruptedError as error:
+        wants_requeue = base.trainer.requeue and "SLURM_JOB_ID" in os.environ
+        raise RunInterruptedError(str(error), REQUEUE if wants_requeue else STOPPED) from None
     finally:
         workers.stop()
     return _conclude(asked, folder, [change for change in changes if not overrides.is_of("search", change)])
@@ -95,7 +103,23 @@ class Conductor:
         self._claims = Claims(asked.stale_s)
         self._running: dict[int, Claim] = {}
         self._stopped: dict[int, str] = {}
+        self._is_told = False
         self._started = time.monotonic()
+
+    @contextlib.contextmanager
+    def told_by(self, *signals: signal.Signals) -> Iterator[None]:
+        """Stop at these signals: ask the trials that run to save and end, and begin no other."""
+        before = {number: signal.signal(number, self._tell) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _tell(self, *_: Any) -> None:
+        self._is_told = True
+        for number in self._running:
+            self._folder.run(number).stop.touch()
 
     def run(self) -> None:
         """Run round after round; wait for those who run the rest of one.
@@ -106,15 +130,20 @@ class Conductor:
         for of in self._plan.rounds:
             trials = self._plan.trials(of, results_of(self._folder.outcomes(), self._asked))
             while missing := self._missing(of):
-                if not self._running and set(missing) <= self._stopped.keys():
-                    first = self._stopped[missing[0]]
-                    raise RunInterruptedError(
-                        f"{len(missing)} trials were stopped, first: {first}\nThe same command goes on."
-                    )
+                if not self._running and (self._is_told or set(missing) <= self._stopped.keys()):
+                    self._interrupt()
                 self._start([trials[n - of.numbers.start] for n in missing])
                 self._collect()
             if all(outcome.value is None for outcome in self._folder.outcomes().values()):
                 return
+
+    def _interrupt(self) -> NoReturn:
+        done, number = len(self._folder.outcomes()), len(self._stopped)
+        first = f", the first with: {next(iter(self._stopped.values()))}" if number else ""
+        raise RunInterruptedError(
+            f"The search stopped after {done} of {self._plan.total} trials; {number} were cut short{first}\n"
+            f"The same command goes on. See {self._folder.path}."
+        )
 
     def _missing(self, of: Round) -> list[int]:
         done = self._folder.outcomes()
@@ -123,7 +152,7 @@ class Conductor:
     def _start(self, trials: list[Trial]) -> None:
         """Start as many trials as workers are free, of those that nobody has."""
         for trial in trials:
-            if not self._workers.free:
+            if not self._workers.free or self._is_told:
                 return
             if trial.number in self._running or trial.number in self._stopped:
                 continue
@@ -136,13 +165,14 @@ class Conductor:
     def _begin(self, trial: Trial, run: RunFolder, claim: Claim) -> None:
         try:
             changes = [results.typed(key, value) for key, value in trial.values.items()]
-            settings = completed(self._compose(changes)).model_copy(update={"search": None})
+            settings = completed(self._compose(changes))
+            group = settings.logger.model_copy(update={"group": settings.logger.group or self._folder.path.name})
             begun = self._folder.prepare(trial)
             resumed = checkpoint_of(run) if begun else None
             if resumed is None:
                 self._folder.clear(trial.number)
                 self._folder.prepare(trial)
-            settings = settings.model_copy(update={"ckpt_path": resumed})
+            settings = settings.model_copy(update={"search": None, "logger": group, "ckpt_path": resumed})
             run.write_settings(settings)
             if self._asked.kind == "asha":
                 rules = {k: getattr(self._asked, k) for k in ("metric", "mode", "min_resource", "reduction_factor")}
@@ -162,6 +192,8 @@ class Conductor:
             claim = self._running.pop(task.trial.number)
             if isinstance(result, Stopped):
                 self._stopped[task.trial.number] = result.message
+            elif isinstance(result, CellError) and self._is_told:  # the signal may have ended its process too
+                self._stopped[task.trial.number] = str(result)
             elif isinstance(result, CellError):
                 self._keep(failed(task.trial, claim, str(result)), claim)
             else:

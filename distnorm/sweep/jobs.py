@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from distnorm.errors import DistNormError
+from distnorm.launch import failures
 from distnorm.launch.run_dir import RunFolder, write_whole
 from distnorm.settings import Settings
 
@@ -47,10 +48,10 @@ class Job:
 
     @property
     def failure(self) -> str | None:
-        """What it failed with, the last time it ran."""
+        """What it failed with, the last time it ran; a rank that srun started may be the only one to know."""
         with contextlib.suppress(FileNotFoundError):
             return self._failure.read_text().strip()
-        return None
+        return failures.reason(self.run)
 
     @property
     def state(self) -> State:
