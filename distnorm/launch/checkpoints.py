@@ -116,6 +116,8 @@ def test(
         The checkpoint that was tested, and its metrics over all ranks.
     """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    tested = Path(best) if best and Path(best).is_file() else run.checkpoints / "last.ckpt"
+    resumed_from = trainer.ckpt_path or ""  # a training that was whole already writes none
+    written = (Path(path) for path in (best, run.checkpoints / "last.ckpt", resumed_from) if path)
+    tested = next(path for path in written if path.is_file())
     trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
