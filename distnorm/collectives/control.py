@@ -69,9 +69,9 @@ class Vote:
             store().set(self._key(rank()), "here")
 
     def _missing(self) -> list[int]:
-        """Name the ranks that left no word; none where the store is gone with the rank that held it."""
+        """Name the other ranks that left no word; none where the store is gone with the rank that held it."""
         try:
-            return [r for r in range(world_size()) if not store().check([self._key(r)])]
+            return [r for r in range(world_size()) if r != rank() and not store().check([self._key(r)])]
         except RuntimeError:
             return []
 

@@ -118,7 +118,7 @@ def test(
     found: Path | ConfigError | None = None
     if collectives.rank() == 0:
         try:
-            found = _good(Path(best) if best else None, run)
+            found = _good(Path(best) if best else None, run, trainer.ckpt_path)
         except ConfigError as error:
             found = error
     tested = collectives.agree(found, "the checkpoint to test")[0]
@@ -128,11 +128,14 @@ def test(
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _good(best: Path | None, run: RunFolder) -> Path:
-    if (best is None or not best.is_file()) and not any(run.checkpoints.glob("*.ckpt")):
-        raise ConfigError(f"{run.checkpoints} holds no checkpoint to test: none could be saved. Make room there first.")
+def _good(best: Path | None, run: RunFolder, resumed_from: str | Path | None) -> Path:
+    """Choose the best checkpoint, else the last, else the one that training had nothing to add to."""
     if best is None or not best.is_file():
-        return checkpoint.find(run.path)
+        if any(run.checkpoints.glob("*.ckpt")):
+            return checkpoint.find(run.path)
+        if resumed_from:
+            return checkpoint.find(resumed_from)
+        raise ConfigError(f"{run.checkpoints} holds no checkpoint to test: none could be saved. Make room there first.")
     if (damage := checkpoint.damage_of(best)) is None:
         return best
     last = checkpoint.find(run.path)

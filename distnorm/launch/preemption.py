@@ -47,7 +47,7 @@ class Preemption(Callback):
     later than told. The training then ends in `RunInterruptedError`, without validation. What is told after the last
     vote of the training counts when it ends. A test at the end is not interrupted: it goes on.
 
-    Lightning's own handling of signals, that broadcasts inside a handler, is switched off.
+    Lightning's own handling of signals, that broadcasts inside a handler and at every batch, is switched off.
 
     Args:
         run: its folder; the file `stop` in it is removed once obeyed.
@@ -57,8 +57,8 @@ class Preemption(Callback):
         requeue: whether a SLURM job asks to be requeued, unless stopped by the file.
         patience_s: how much longer than its longest recent step a rank that was told to stop waits for the others.
 
-    Collective: 1 vote of 2 integers a batch, and 2 more at the ends of the training; those of a checkpoint when it is
-        due. With one rank: none.
+    Collective: 1 vote of 2 integers a batch, one more a validation and two at the end of the training; those of a
+        checkpoint when it is due. With one rank: none.
 
     Raises:
         RunInterruptedError: (on all ranks) the run was told to stop, and has saved.
@@ -88,8 +88,7 @@ class Preemption(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Note signals from here on; they count from the first step."""
-        connector: Any = getattr(trainer, "_signal_connector")  # noqa: B009 — Lightning has no switch for it
-        connector.register_signal_handlers = lambda: None
+        _switch_off_lightnings_own(trainer)
         _make_workers_stay(trainer.strategy)
         if stage == "fit":
             self._signals.enter_context(signals.listening())
@@ -106,8 +105,11 @@ class Preemption(Callback):
         self._batch_ended = time.monotonic()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Likewise."""
+        """Likewise, and let what was told meanwhile count in the next batch already: hold the vote anew."""
         self._batch_ended = time.monotonic()
+        if self._vote is not None:
+            self._hear()
+            self._vote = collectives.start_vote(self._wishes(), _VOTE)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,17 +136,19 @@ class Preemption(Callback):
         self._hear()
         self._vote = collectives.start_vote(self._wishes(), _VOTE)
         self._hear()
+        self._vote = None
         reason, _ = self._outcome
         if reason:
             self._stop(trainer, reason)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the handlers back that were there."""
+        self._vote = None
         self._signals.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Likewise."""
-        self._signals.close()
+        self.on_fit_end(trainer, pl_module)
 
     def _told(self) -> Reason:
         """Say why this rank should stop."""
@@ -187,6 +191,18 @@ def _read(run: RunFolder) -> Reason:
     except (OSError, UnicodeDecodeError):
         return Reason.FILE
     return Reason[words] if words in ("SIGUSR1", "SIGTERM") else Reason.FILE
+
+
+def _switch_off_lightnings_own(trainer: pl.Trainer) -> None:
+    """Let Lightning leave signals alone, which 2.6.6 has no switch for.
+
+    Its handler broadcasts where the ranks are not at one place, and it broadcasts at the start of every batch whether a
+    handler has run: a wait for the device each step, and for a peer that stalls as long as the group's timeout.
+    """
+    connector: Any = getattr(trainer, "_signal_connector")  # noqa: B009
+    connector.register_signal_handlers = lambda: None
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop._broadcast_sigterm_tensor = lambda: None  # noqa: SLF001
 
 
 def _make_workers_stay(strategy: Any) -> None:
