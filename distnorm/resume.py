@@ -194,7 +194,9 @@ def _on_cpu(value: Any) -> Any:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else _each(value, lambda item: _to(item, device))
+    return (
+        value.to(device, copy=True) if isinstance(value, torch.Tensor) else _each(value, lambda item: _to(item, device))
+    )
 
 
 def _each(value: Any, change: Any) -> Any:

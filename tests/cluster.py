@@ -197,6 +197,7 @@ class Cluster:
         )
         mark = f"slurmstepd: [{self.facts(job)['JobId']}."
         self._wait_for(lambda: not _any_process(mark), 60, f"job {job} has not ended")  # its end would be the next's
+        time.sleep(2)  # slurmd refuses a credential of the second in which it revoked the last: "credential revoked"
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def requeue_now(self, job):

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distnorm import ConfigError, NormSpec, checkpoint
+from distnorm.launch import checkpoints
 from distnorm.launch.checkpoint_files import AtomicCheckpointIO
+from distnorm.launch.run_dir import RunFolder
 from tests import interrupted
 
 pytestmark = pytest.mark.unit
@@ -101,6 +103,18 @@ def test_a_damaged_file_of_another_name_has_no_substitute(tmp_path):
     best.write_bytes((folder / "last.ckpt").read_bytes()[:-30])
     with pytest.raises(ConfigError, match=r"best.ckpt is damaged .*Give another checkpoint"):
         checkpoint.find(best)
+
+
+def test_a_damaged_best_checkpoint_is_not_tested(tmp_path, caplog):
+    folder, run = folder_of(tmp_path, 1, 2), RunFolder(tmp_path)
+    best = folder / "best.ckpt"
+    AtomicCheckpointIO().save_checkpoint(content(1), best)
+    assert checkpoints._good(best, run) == best
+    best.write_bytes(best.read_bytes()[:-9])
+    assert checkpoints._good(best, run) == folder / "last.ckpt"
+    assert f"{best} is damaged (" in caplog.text
+    assert f"{folder / 'last.ckpt'} is tested instead." in caplog.text
+    assert checkpoints._good(None, run) == folder / "last.ckpt"
 
 
 class Killed(BaseException):

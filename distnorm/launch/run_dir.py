@@ -27,7 +27,7 @@ class RunFolder:
     """Where a run keeps what it leaves.
 
     ```
-    config.yaml  decision.txt  checkpoints/{best,last}.ckpt  record.jsonl  wandb/  ranks/  result.json
+    config.yaml  decision.txt  checkpoints/{best,last,previous}.ckpt  record.jsonl  wandb/  ranks/  result.json
     ```
     """
 
