@@ -138,7 +138,7 @@ class Campaign:
         failed = self._slurm.wait(job, "FAILED", timeout_s=2 * FAILED_WITHIN_S)
         problems = [] if failed else [f"ended {self._slurm.state(job)}"]
         last = "\n".join(self._slurm.output(job).splitlines()[-12:])
-        problems += [] if re.search(rf"rank {rank} failed first.*SIGKILL", last) else ["the dead rank is not named"]
+        problems += [] if re.search(rf"rank {rank} failed first", last) else [f"the dead rank is not named:\n{last}\n"]
         self._slurm.call("scontrol", "requeue", job)
         return problems
 
