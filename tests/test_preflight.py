@@ -64,6 +64,12 @@ def test_ranks_that_are_alike_start_and_write_down_who_they_are(settings, tmp_pa
     assert [file.name for file in (tmp_path / "ranks").iterdir()] == ["started.json"]
 
 
+def test_ranks_that_meet_again_at_the_same_place_hear_the_new_verdict(settings, tmp_path):
+    port, other = tasks.free_port(), settings.model_copy(update={"seed": 1})
+    assert outcome([settings] * 2, [tmp_path] * 2, port) == [("fine", "", True)] * 2
+    refused(outcome([settings, other], [tmp_path] * 2, port), "seed=0 on rank 0, seed=1 on rank 1")
+
+
 def test_it_costs_less_than_a_tenth_of_a_second(settings, tmp_path):
     outcome([settings] * 2, [tmp_path] * 2)
     assert (

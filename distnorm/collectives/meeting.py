@@ -9,6 +9,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from distnorm.errors import ConfigError, GroupError
 _ANSWER_S = 10  # a store answers in milliseconds; what listens for that long without a word is none
 _hosted: list[Any] = []
 """Stores that this process keeps: torch finds them again, by their port, when it starts its process group."""
+_meetings = Counter[tuple[str, int, str]]()
+"""How often this process has met where: a later meeting must not read the verdicts of an earlier one."""
 
 
 class Meeting:
@@ -108,7 +111,7 @@ def come_together(
         address: MASTER_ADDR.
         port: MASTER_PORT.
         hosts: rank 0 opens the store; else torchrun keeps one there.
-        name: of this meeting, for a store may see several.
+        name: of this meeting, for a store may see others; the same ranks may meet again under it.
         timeout_s: how long to wait for each other, in seconds.
 
     Collective: every rank comes; they wait for each other where they ask.
@@ -119,11 +122,13 @@ def come_together(
     if world_size == 1:
         return Meeting(None, rank, 1, timeout_s)
     keeps_store = hosts and rank == 0
+    _meetings[address, port, name] += 1
+    name = f"distnorm/{name}/{_meetings[address, port, name]}"
     _resolve(address)
     if keeps_store:
         _hosted.append(_open(port, timeout_s))
     _reach(address, port, _ANSWER_S if keeps_store else timeout_s, rank)
-    store = dist.PrefixStore(f"distnorm/{name}", _connect(address, port, timeout_s))
+    store = dist.PrefixStore(name, _connect(address, port, timeout_s))
     return Meeting(store, rank, world_size, timeout_s, keeps_store=keeps_store)
 
 
