@@ -49,6 +49,23 @@ def test_a_trial_that_is_worse_than_others_stops_at_the_first_rung(tmp_path, wor
     assert (trial.params, trial.user_attrs["model.widths"]) == ({"optimizer.lr": 0.1}, [8, 8, 8])
 
 
+@pytest.mark.unit
+def test_a_trial_that_was_cut_short_stays_the_same_to_the_journal_and_stays_stopped(tmp_path):
+    run, journal = RunFolder(tmp_path / "0000"), tmp_path / "journal.log"
+    told(journal, [1e-3, 2e-3])
+    run.path.mkdir()
+    rungs.begin(run, journal, {"optimizer.lr": 0.1}, RULES)
+    result, _ = runs.in_pool(run.path, 1, *EPOCHS, "model.widths=[8,8,8]")
+    rungs.begin(run, journal, {"optimizer.lr": 0.1}, RULES)  # as after a kill between the stop and the test
+    assert len(rungs._study(journal, RULES).trials) == 3
+    before = run.path.rename(tmp_path / "before")
+    run.path.mkdir()
+    (run.path / "rungs.json").write_text((before / "rungs.json").read_text())
+    again, _ = runs.in_pool(run.path, 1, *EPOCHS, "model.widths=[8,8,8]", f"ckpt_path={before}/checkpoints/last.ckpt")
+    assert not [row for row in record.read(run.record) if "val/loss" in row]  # no step is made, nothing is told
+    assert again["metrics"] == result["metrics"]
+
+
 def fading(settings, ranks, run):
     """Stands for a training of 9 epochs under `Rungs`: a loss that falls to a level of its learning rate's."""
     told_to = rungs._study(run.path.parent.parent / "journal.log", RULES | {"reduction_factor": 3})
