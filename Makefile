@@ -5,7 +5,7 @@ ARGS ?=
 # A worker a core, and at most four: each keeps warm ranks of its own. One process: make test ARGS="-n 0"
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help train test unit bench check format clean
+.PHONY: help train test unit bench campaign check format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ unit: .venv/.installed-dev  ## run the quick tests
 bench: .venv/.installed  ## time the synchronized layer against its limit, and the drift monitor; ARGS="--quick" to look
 	$(BIN)/python -m bench.sync_batchnorm $(ARGS)
 	$(BIN)/python -m bench.drift $(ARGS)
+
+campaign: .venv/.installed-dev  ## interrupt trainings on a SLURM of its own, ten times each way; ARGS="--times 2" for fewer
+	$(BIN)/python -m tests.campaign $(ARGS)
 
 check: .venv/.installed-dev  ## lint, format check, types, shell scripts
 	$(BIN)/ruff check .

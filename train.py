@@ -24,8 +24,10 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     from distnorm.drift.monitor import DriftMonitor
     from distnorm.launch import report
     from distnorm.launch.checkpoints import test
-    from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
+    from distnorm.launch.trainer import make_trainer
     from distnorm.progress import Throughput, make_progress
+    from distnorm.random_state import seed_rank, seed_weights
+    from distnorm.resume import ExactResume
     from distnorm.tracking import make_loggers
 
     data = build(settings.data)
@@ -42,7 +44,7 @@ def train(settings: Settings, ranks: Ranks, run: RunFolder) -> dict[str, Any]:
     callbacks: list[Any] = [EvaluationStatistics(spec, num_samples=settings.norm.calibration_samples)]
     callbacks += [throughput, make_progress(settings.trainer.progress_every_s, throughput)]
     callbacks += [RankDiagnosis(conversion, run.ranks, debug=settings.debug)]
-    callbacks += [drift]
+    callbacks += [drift, ExactResume(settings.seed, settings.device_batch * ranks.world_size, settings.optimizer)]
     loggers = make_loggers(settings.logger, run, report.config(settings, conversion), is_first=ranks.is_first)
     trainer = make_trainer(settings.trainer, ranks, run, loggers, callbacks, settings.ckpt_path)
     task = build(settings.task, model=model, optimizer=build(settings.optimizer))

@@ -29,7 +29,8 @@ from distnorm.drift.monitor import DriftMonitor
 from distnorm.launch import console, ranks
 from distnorm.launch.compose import composed
 from distnorm.launch.run_dir import RunFolder
-from distnorm.launch.trainer import make_trainer, seed_rank, seed_weights
+from distnorm.launch.trainer import make_trainer
+from distnorm.random_state import seed_rank, seed_weights
 from distnorm.targets import build
 from distnorm.tracking import make_loggers
 

@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distnorm.figures import COLOURS, drawn
 from distnorm.launch.run_dir import code_hash, versions, write_json, write_whole
 from distnorm.search.figure import best_so_far
 from distnorm.search.folder import Outcome, SearchFolder
-from distnorm.study.figure import COLOURS, STYLE
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("coarse_to_fine", "random", "grid")
@@ -128,13 +128,7 @@ def conclude(found: Found, folder: Path) -> None:
 
 def draw(found: Found, folder: Path) -> None:
     """Draw the best so far against the trials: a thin line a seed, a thick one their mean."""
-    import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.4, 4.2))
+    with drawn(folder, 1, 7.4, 4.2) as (figure, (axes,)):
         for colour, kind in zip(COLOURS, KINDS, strict=False):
             curves = [curve(outcomes) for (name, _), outcomes in found.items() if name == kind]
             for one in curves:
@@ -147,9 +141,6 @@ def draw(found: Found, folder: Path) -> None:
         axes.set_ylabel("best validation loss so far")
         axes.legend()
         figure.tight_layout()
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=96)
-        plt.close(figure)
 
 
 def curve(outcomes: Mapping[int, Outcome]) -> list[float]:

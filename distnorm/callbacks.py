@@ -168,7 +168,8 @@ class EvaluationStatistics(Callback):
         """Write the evaluation statistics into the `state_dict`, each rank's own beside it; called on all ranks."""
         write_into(checkpoint["state_dict"], pl_module, self._statistics(trainer, pl_module))
         ranks = self._gather(pl_module)
-        checkpoint[checkpoints.ENTRY] = checkpoints.entry(self._spec, ranks, frozen=self._frozen)
+        entry = checkpoints.entry(self._spec, ranks, frozen=self._frozen)
+        checkpoint.setdefault(checkpoints.ENTRY, {}).update(entry)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

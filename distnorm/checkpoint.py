@@ -1,10 +1,15 @@
-"""What a checkpoint holds besides weights, and how a converted model is rebuilt from it with torch alone.
+"""What a checkpoint holds besides weights, which file is a good one, and how torch alone rebuilds the model from it.
 
 A checkpoint of a run is Lightning's, plus one entry `distnorm`: the decision (`spec`), each rank's own running
-statistics (`rank_statistics`), that training goes on with, and whether they had become constants (`frozen`). Its
-`state_dict` holds what was evaluated: running, pooled or precise statistics.
+statistics (`rank_statistics`), that training goes on with, and whether they had become constants (`frozen`); and what
+`distnorm.resume` adds: where in the data the training was (`place`), and of each rank what it goes on with (`ranks`).
+Its `state_dict` holds what was evaluated: running, pooled or precise statistics.
+
+A run keeps two, `last.ckpt` and the one before it, `previous.ckpt`: a disk may damage the newest.
 """
 
+import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ from distnorm.population import Statistics
 from distnorm.spec import BATCH_KINDS, NormSpec
 
 ENTRY = "distnorm"
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_log = logging.getLogger(__name__)
 _PREFIX = "model."
 
 
@@ -25,23 +32,76 @@ def entry(spec: NormSpec, rank_statistics: list[Statistics], *, frozen: bool = F
     return {"spec": spec.to_dict(), "rank_statistics": rank_statistics, "frozen": frozen}
 
 
-def find(path: str | Path) -> Path:
-    """Find the checkpoint that a run folder or a file stands for.
+def find(path: str | Path, *, warn: bool = True) -> Path:
+    """Find the newest good checkpoint that a run folder or a file stands for.
 
     Args:
-        path: a checkpoint, or a run folder, whose last checkpoint is meant.
+        path: a checkpoint, or a run folder, whose last checkpoint is meant. Where `last.ckpt` is damaged, the one
+            before it takes its place.
+        warn: say so where it does; one rank of several is enough.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or all that there are are damaged.
     """
     given = Path(path)
-    found = given / "checkpoints" / "last.ckpt" if given.is_dir() else given
-    if not found.is_file():
-        missing = "does not exist" if not given.exists() else "holds no checkpoints/last.ckpt"
+    last = given / "checkpoints" / LAST if given.is_dir() else given
+    files = [last, last.with_name(PREVIOUS)] if last.name == LAST else [last]
+    there = [file for file in files if file.is_file()]
+    if not there:
+        missing = "does not exist" if not given.exists() else f"holds no checkpoints/{LAST}"
         raise ConfigError(
             f"ckpt_path={str(path)!r} {missing}. Give a run folder or a checkpoint file, e.g. ckpt_path=runs/<run>.",
         )
-    return found
+    damages: list[str] = []
+    for file in there:
+        # A file that somebody names may be no checkpoint of ours at all: who reads it says so.
+        damage = damage_of(file) if len(files) > 1 else _torn(file) if _is_zip(file) else None
+        if damage is None:
+            if file != last and warn:
+                why = damages[0] if damages else f"{last} is missing"
+                _log.warning("%s. Going on from the checkpoint before it, %s.", why, file)
+            return file
+        damages.append(f"{file} is damaged ({damage})")
+    raise ConfigError(f"{'; '.join(damages)}. Give another checkpoint, e.g. ckpt_path={last.with_name('best.ckpt')}.")
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Read the entry `distnorm` of a checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint is not one of ours.
+    """
+    entry: dict[str, Any] = _read(path)[ENTRY]
+    return entry
+
+
+def damage_of(path: Path) -> str | None:
+    """Say what is wrong with a checkpoint's file, or `None` where every byte that matters is as it was written.
+
+    Each of its records has a checksum; all are read.
+    """
+    if torn := _torn(path):
+        return torn
+    try:
+        _read(path)
+    except ConfigError as error:
+        return str(error).splitlines()[0].removeprefix(f"{str(path)!r} ").rstrip(".")
+    return None
+
+
+def _torn(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # noqa: BLE001 — damaged bytes make a reader raise whatever they like
+        size = path.stat().st_size if path.exists() else 0
+        return f"{size} bytes, {(str(error).splitlines() or [type(error).__name__])[0][:80]}"
+    return None if bad is None else f"the checksum of {bad} is wrong"
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:

@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import distnorm
@@ -56,26 +57,40 @@ REPORT: Mapping[str, Mapping[str, Any]] = {
 }
 """Arguments of `distnorm report`: those of `distnorm.drift.report.command.report`."""
 
+DOCTOR: Mapping[str, Mapping[str, Any]] = {
+    "changes": {"nargs": "*", "metavar": "override", "help": "as train.py takes them: trainer=slurm norm=sync"},
+    "--after": {**_FLAG, "help": "name the rank that failed first, of this job's run or of a run's folder"},
+}
+"""Arguments of `distnorm doctor`: those of `distnorm.launch.doctor`."""
+
+
+SUBMIT: Mapping[str, Mapping[str, Any]] = {
+    "overrides": {"nargs": "*", "help": "what train.py is given, after --: norm=sync data.device_batch=8"},
+    "--script": {"choices": ("train", "sweep", "torchrun"), "help": "of slurm/ (train)"},
+    "--dry-run": {**_FLAG, "help": "print the script, and submit nothing"},
+    "--nodes": {"help": "machines"},
+    "--ntasks-per-node": {"help": "tasks on one node, a device each"},
+    "--gpus-per-node": {"help": "devices of one node; 0: the job takes no GPU"},
+    "--cpus-per-task": {"help": "cores of a rank"},
+    "--time": {"help": "limit: 12:00:00"},
+    "--partition": {"help": "your site's"},
+    "--account": {"help": "your site's"},
+    "--array": {"help": "tasks of a sweep: 0-5, 0-99%%8; counted from the overrides, if left out"},
+    "--sbatch": {"action": "append", "metavar": "OPTION", "help": "any other option of sbatch: --sbatch=--qos=high"},
+}
+"""Arguments of `distnorm submit`: those of `distnorm.launch.slurm.submit`."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Answer `distnorm --version`, `distnorm decide`, `distnorm calibrate` and `distnorm report`."""
+    """Answer `distnorm --version` and the commands."""
     parser = argparse.ArgumentParser(prog="distnorm", description=distnorm.__doc__)
     parser.add_argument("--version", action="version", version=f"distnorm {distnorm.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="decide | calibrate | report")
-    usage = "distnorm decide --device-batch N --ranks N [more; see distnorm decide --help]"
-    decide = commands.add_parser("decide", usage=usage, help="say which samples share statistics, and why")
-    decide.add_argument("--json", action="store_true", help="print the decision as JSON")
-    for flag, options in DECIDE.items():
-        decide.add_argument(flag, default=argparse.SUPPRESS, **options)
-    decide.set_defaults(answer=_decide)
-    calibrate = commands.add_parser("calibrate", help="measure a trained model's statistics on other data, by name")
-    for argument, options in CALIBRATE.items():
-        calibrate.add_argument(argument, **options)
-    calibrate.set_defaults(answer=_calibrate)
-    report = commands.add_parser("report", help="show how the statistics of runs drifted, on one page")
-    for argument, options in REPORT.items():
-        report.add_argument(argument, **options)
-    report.set_defaults(answer=_report)
+    commands = parser.add_subparsers(required=True, metavar=" | ".join(_COMMANDS))
+    for name, (words, usage, table, answer) in _COMMANDS.items():
+        command = commands.add_parser(name, help=words, usage=usage and f"distnorm {name} {usage}")
+        for argument, options in table.items():
+            command.add_argument(argument, **{"default": argparse.SUPPRESS, **options})
+        command.set_defaults(answer=answer)
     asked = vars(parser.parse_args(arguments))
     try:
         asked.pop("answer")(**asked)
@@ -108,6 +123,23 @@ def _report(**asked: Any) -> None:
     print(*report(read=history.read, **asked), sep="\n")
 
 
+def _doctor(*, changes: Sequence[str] = (), after: bool = False) -> None:
+    from distnorm.launch import doctor as doctors  # noqa: PLC0415 — loads Hydra
+
+    console.quiet_libraries()
+    if after:
+        print(doctors.after(changes), file=sys.stderr)
+    elif not doctors.report(changes):
+        raise SystemExit(2)
+
+
+def _submit(*, overrides: Sequence[str] = (), **asked: Any) -> None:
+    from distnorm.launch.slurm import submit  # noqa: PLC0415 — loads Hydra, that `decide` does without
+
+    console.quiet_libraries()
+    print(submit(overrides, **asked).rstrip("\n"))
+
+
 def _dumps(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, ensure_ascii=False)
 
@@ -129,6 +161,30 @@ def _number_or_word(text: str) -> Any:
         return None if text == "none" else float(text)
     except ValueError:
         return text
+
+
+_COMMANDS: Mapping[str, tuple[str, str | None, Mapping[str, Mapping[str, Any]], Callable[..., None]]] = {
+    "decide": (
+        "say which samples share statistics, and why",
+        "--device-batch N --ranks N [more; see distnorm decide --help]",
+        {"--json": {**_FLAG, "default": False, "help": "print the decision as JSON"}, **DECIDE},
+        _decide,
+    ),
+    "calibrate": ("measure a trained model's statistics on other data, by name", None, CALIBRATE, _calibrate),
+    "report": ("show how the statistics of runs drifted, on one page", None, REPORT, _report),
+    "doctor": (
+        "check a launch as the start of a run does: srun distnorm doctor …",
+        "[--after] [overrides]",
+        DOCTOR,
+        _doctor,
+    ),
+    "submit": (
+        "submit a run or a sweep to SLURM",
+        "[options; see distnorm submit --help] -- overrides",
+        SUBMIT,
+        _submit,
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ class DistNormError(Exception):
     """Any mistake that distnorm can name. `train.py` prints it without a traceback and ends with `exit_code`."""
 
     exit_code = 2
+    aloud = True
+    """Whether this process prints it; a mistake that all ranks share is printed by the first alone."""
 
 
 class ConfigError(DistNormError, ValueError):

@@ -90,7 +90,22 @@ class PlainProgress(Callback):
         parts += [f"{name} {value:.4f}" for name, value in metrics.items()]
         speed = self._throughput.samples_per_s
         parts += [f"{speed:.0f} samples/s"] if speed else []
-        print("  ".join([*parts, f"{left:.0f} s left"]), flush=True)
+        print("  ".join([*parts, f"{duration(left)} left"]), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as one reads it: `8 s`, `2:05 min`, `3:04 h`.
+
+    Args:
+        seconds: 0 or more; fractions are rounded.
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02} min"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02} h"
 
 
 def make_progress(every_s: float, throughput: Throughput) -> Callback:

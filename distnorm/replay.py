@@ -48,6 +48,9 @@ def again(loader: Any) -> Iterable[Any]:
     theirs = {name: getattr(loader, name) for name in names}
     ours = copy.deepcopy(theirs, {id(loader.dataset): loader.dataset})
     copied = copy.copy(loader)
+    for sampler in (ours["batch_sampler"], ours["sampler"]):
+        if hasattr(sampler, "start_at"):  # a training that has just resumed begins later
+            sampler.start_at(0)
     vars(copied).update(ours, persistent_workers=False, _iterator=None)  # a DataLoader refuses to be set otherwise
     return copied
 

@@ -1,5 +1,6 @@
 """Where numbers go: the record file in the run folder, always, and wandb."""
 
+import contextlib
 import logging
 import os
 import re
@@ -32,6 +33,7 @@ class RecordLogger(Logger):
         super().__init__()
         self._run, self._about = run, about
         self._record: Record | None = None
+        self._has_warned = False
 
     @property
     def name(self) -> str:
@@ -47,13 +49,25 @@ class RecordLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row; Lightning's own `epoch` goes with the rest, single layers' drift is in the events already."""
         rest = {key: value for key, value in metrics.items() if not _OF_A_LAYER.match(key)}
-        if rest:
+        if not rest:
+            return
+        try:
             self._opened().append(step or 0, rest)
+        except OSError as error:  # a full disk is no reason to lose a training; the next row tries again
+            if not self._has_warned:
+                _log.warning("%s lacks rows from step %d on: %s. Make room there.", self._run.record, step or 0, error)
+            self._has_warned, self._record = True, None
 
     @rank_zero_only
     def take(self, event: Event) -> None:
         """Append what the drift monitor tells."""
         self._opened().take(event)
+
+    @rank_zero_only
+    def rewind(self, step: int, time_s: float) -> None:
+        """Take away what a run wrote after the checkpoint that it goes on from, in the same folder."""
+        if self._run.record.exists():
+            self._opened().rewind(step, time_s)
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,7 +77,8 @@ class RecordLogger(Logger):
     def finalize(self, status: str) -> None:
         """Close the file; a later row opens it again."""
         if self._record is not None:
-            self._record.close()
+            with contextlib.suppress(OSError):  # of a row that was said to be lost
+                self._record.close()
             self._record = None
 
     def _opened(self) -> Record:

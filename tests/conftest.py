@@ -2,4 +2,6 @@
 
 import torch
 
+from tests.cluster import slurm  # noqa: F401 — a fixture of all test files
+
 torch.set_num_threads(1)

@@ -76,9 +76,14 @@ def _run(command, timeout_s, tries=3):
 
 def start(*overrides, folder):
     """Start train.py with a mark in its environment, that all it starts inherits: so what it leaves behind is found."""
+    return start_command([sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={folder}"])
+
+
+def start_command(command):
+    """Start a command with such a mark, in the project."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *overrides, f"runs_dir={folder}"],
+        command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

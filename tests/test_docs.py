@@ -15,9 +15,10 @@ GUIDES = sorted(path for path in (ROOT / "docs").glob("*.md") if "```python" in 
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_the_examples_run(guide):
+def test_the_examples_run(guide, tmp_path):
     code = "\n".join(re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL))
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -2,14 +2,11 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 
 from distnorm import ConfigError, NormSpec, checkpoint, decide
-from distnorm.launch.checkpoints import LastCheckpoint
 from tests import runs
 
 pytestmark = pytest.mark.unit
@@ -62,16 +59,6 @@ def test_a_better_continuation_replaces_the_best(tmp_path, first):
     stored = torch.load(tmp_path / "on" / "checkpoints" / "best.ckpt", weights_only=True)
     assert stored["epoch"] > 2
     assert json.loads((tmp_path / "on" / "result.json").read_text())["resumed_from"] == str(last(first))
-
-
-def test_the_middle_of_an_epoch_is_said(tmp_path, first, caplog):
-    runs.in_pool(tmp_path / "first", 1, *EPOCHS, "trainer.max_steps=5", "norm=batch")
-    callback = LastCheckpoint(runs.RunFolder(tmp_path / "on"))
-    trainer = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), is_global_zero=True)
-    callback.on_load_checkpoint(trainer, None, torch.load(last(first), weights_only=True))
-    assert caplog.text == ""
-    callback.on_load_checkpoint(trainer, None, torch.load(last(tmp_path / "first"), weights_only=True))
-    assert "from the middle of an epoch, after its step 5: the rest is skipped" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["group", "group_ws", "layer", "instance", "response", "none"])

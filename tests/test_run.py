@@ -186,11 +186,16 @@ def losses_of(run):
 
 
 @pytest.mark.run
-def test_a_sweep_starts_each_job_with_its_own_configuration(tmp_path):
-    swept = ["-m", "norm=auto,sync", "trainer=cpu_ddp", "trainer.ranks_from=local", "data.device_batch=2"]
-    runs.train_py(*swept, *runs.QUICK, "trainer.max_steps=2", folder=tmp_path)
+def test_a_sweep_starts_each_job_with_its_own_configuration_and_survives_a_refused_one(tmp_path):
+    swept = ["-m", "norm=sync", "norm.sync_ranks=3,1,2", "trainer=cpu_ddp", "trainer.ranks_from=local"]
+    few = ["data.device_batch=2", *runs.QUICK, "trainer.max_steps=2"]
+    done, _ = runs.train_py(*swept, *few, folder=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "norm.sync_ranks=3: norm.sync_ranks=3 does not divide world_size=2. Use 1 or 2." in done.stderr
+    assert "1 of 3 jobs failed" in done.stderr.splitlines()[-1]
     seen = set()
-    for file in tmp_path.glob("*/result.json"):
+    for file in tmp_path.glob("sweep-*/jobs/*/result.json"):
         result, kept = json.loads(file.read_text()), runs.RunFolder(file.parent).read_settings()
-        seen.add((kept.norm.kind, result["world_size"], result["decision"]["kind"], result["decision"]["sync_ranks"]))
-    assert seen == {("auto", 2, "group_ws", 1), ("sync", 2, "sync", 2)}
+        seen.add((file.parent.name, kept.norm.sync_ranks, result["world_size"], result["decision"]["sync_ranks"]))
+    assert seen == {("norm.sync_ranks=1", 1, 2, 1), ("norm.sync_ranks=2", 2, 2, 2)}
+    assert len(list(tmp_path.glob("sweep-*/results.csv"))) == 1

@@ -189,7 +189,10 @@ MISTYPED = [
     ("model.width=3", "model.width: there is no such key", "Did you mean 'model.widths'?"),
     ("kind=sync", "kind: there is no such key", "Groups and keys: seed, "),
     ("trainr=cpu", "trainr: there is no such key", "Did you mean 'trainer'?"),
-    ("trainer.lightning.deterministic=true", "add it with a plus, +trainer.lightning.deterministic="),
+    ("trainer.lightning.deterministic=true", "with a plus, +trainer.lightning.deterministic="),
+    ("trainer.lightning={limit_val_batches: 0}", "with a plus, +trainer.lightning.<argument>="),
+    ("model.blocks=3", "model.blocks: there is no such key", "Did you mean 'model.blocks_per_stage'?"),
+    ("model.strides=[1]", "model.strides is a key of model=convnet", "Add model=convnet, or leave model.strides out."),
     ("norm=sync,batch", "norm=sync,batch gives several values for one run", "Add -m"),
     ("norm", "'norm' cannot be read as key=value", "e.g. norm=sync"),
     ("~foo", "'foo' does not exist"),
@@ -243,7 +246,7 @@ def test_ranks_that_torchrun_or_srun_started_are_found():
         assert find(SLURM, asked, "num_nodes=auto") == ranks.Ranks(4, 2, 2, 3, 1, "slurm", "cpu")
     assert find(SLURM | TORCHRUN, "ranks_from=slurm").started_by == "slurm"
     assert not find(TORCHRUN).is_first
-    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "nobody"
+    assert find(SLURM | {"SLURM_JOB_NAME": "interactive"}).started_by == "slurm"
 
 
 UNEVEN = SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1,3"}

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
@@ -275,7 +276,7 @@ def test_every_study_is_good_in_all_its_rows(experiment):
 def test_a_study_is_no_job_of_a_sweep():
     settings = runs.composed("experiment=sorted_shards")
     with pytest.raises(ConfigError, match="Leave out -m"):
-        entry._start(None, settings, sweeping=True)
+        entry._sweep(None, [(OmegaConf.create(settings.model_dump()), [])])
 
 
 STUDY = (

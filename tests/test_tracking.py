@@ -1,20 +1,14 @@
 """What a run leaves: its folder, the record, and wandb's file; each readable after a kill."""
 
-import datetime as dt
 import json
-import threading
 import time
-import types
-from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from PIL import Image
 
 from distnorm.drift import record, wandb_file
 from distnorm.drift.history import EVENT
 from distnorm.launch import run_dir
-from distnorm.launch.ranks import Ranks
 from distnorm.tracking import make_loggers
 from distnorm.wandb_logger import DriftWandbLogger
 from distnorm.wandb_media import Media
@@ -22,67 +16,6 @@ from tests import logged, told
 from tests.runs import composed, wait_for
 
 pytestmark = pytest.mark.unit
-
-
-@pytest.fixture
-def found(tmp_path, monkeypatch):
-    """Settings whose runs go to a temporary folder, in a second that does not end."""
-    now = types.SimpleNamespace(now=lambda: dt.datetime(2026, 1, 2, 3, 4, 5))
-    monkeypatch.setattr(run_dir, "dt", types.SimpleNamespace(datetime=now))
-    return composed(f"runs_dir={tmp_path}").with_batches(1)
-
-
-def test_two_runs_of_one_second_have_folders_of_their_own(found):
-    alone = Ranks(1, 1, 1, 0, 0, "nobody", "cpu")
-    one, other = (run_dir.open_run(found, alone, {}) for _ in range(2))
-    assert one.path != other.path
-    for run in (one, other):
-        assert run.path.name.startswith("2026-01-02_03-04-05_")
-        assert run.checkpoints.is_dir()
-        assert run.read_settings() == found
-
-
-def slurm_name(found, rank, **environ):
-    started = Ranks(4, 2, 2, rank, rank % 2, "slurm", "cpu")
-    return run_dir.open_run(found, started, {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0"} | environ).path.name
-
-
-def test_the_tasks_of_a_slurm_job_agree_and_arrays_and_restarts_have_their_own(found):
-    assert {slurm_name(found, rank) for rank in range(4)} == {"slurm-77-0"}
-    array = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "5"}
-    assert slurm_name(found, 0, **array) == "slurm-70_5-0"
-    assert slurm_name(found, 1, **array, SLURM_RESTART_COUNT="2", SLURM_STEP_ID="1") == "slurm-70_5-1-r2"
-    assert slurm_name(found, 1, SLURM_RESTART_COUNT="0") == "slurm-77-0"
-
-
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_ranks_of_torchrun_agree_through_its_store_also_after_a_restart(found, restarts):
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    paths = {}
-
-    def join(rank, attempt):
-        environ = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-        environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-        paths[rank] = run_dir.open_run(found, Ranks(2, 2, 1, rank, rank, "torchrun", "cpu"), environ).path
-
-    for attempt in range(restarts + 1):
-        early = threading.Thread(target=join, args=(1, attempt))
-        early.start()
-        time.sleep(0.2)
-        join(0, attempt)
-        early.join()
-    assert paths[0] == paths[1]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    run_dir.write_json(path, {"a": 1})
-    run_dir.write_json(path, {"a": 2})
-    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
-    monkeypatch.setattr(Path, "replace", lambda *_: pytest.fail("killed here"))
-    with pytest.raises(pytest.fail.Exception):
-        run_dir.write_json(path, {"a": 3})
-    assert json.loads(path.read_text()) == {"a": 2}
 
 
 EXPECTED = [(10, 1 / 10, 0), (20, 1 / 20, 0), (30, 1 / 30, 0)]

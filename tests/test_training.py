@@ -1,18 +1,17 @@
-"""What surrounds the training: random streams of the ranks, decay of norms, checkpoints written whole."""
+"""What surrounds the training: random streams of the ranks, decay of norms."""
 
 import functools
 
 import pytest
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from distnorm import ConfigError
-from distnorm.launch.checkpoints import AtomicCheckpointIO
 from distnorm.launch.ranks import find
 from distnorm.launch.run_dir import RunFolder
-from distnorm.launch.trainer import check_passthrough, make_trainer, seed_rank, seed_weights, set_threads
+from distnorm.launch.trainer import check_passthrough, make_trainer, set_threads
 from distnorm.models import ResNet
+from distnorm.random_state import seed_rank, seed_weights
 from distnorm.tasks import Classification
 from tests.runs import composed
 
@@ -73,20 +72,6 @@ def test_an_unknown_schedule_is_refused():
         ConfigError, match=r"task\.schedule='cosin' is not one of cosine, constant\. Did you mean 'cosine'"
     ):
         task(schedule="cosin")
-
-
-def test_a_save_that_is_cut_short_leaves_the_checkpoint_before(tmp_path, monkeypatch):
-    path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
-
-    def torn(self, checkpoint, path, storage_options=None):
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", torn)
-    with pytest.raises(KeyboardInterrupt):
-        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ A layer never holds a process group; it names its ranks (`sync_ranks` or `group_
 copied, pickled and moved to another cluster. Without a process group every function answers for one rank alone.
 """
 
+from distnorm.collectives.control import Vote as Vote
+from distnorm.collectives.control import start_vote as start_vote
 from distnorm.collectives.exchange import Pending as Pending
 from distnorm.collectives.exchange import agree as agree
 from distnorm.collectives.exchange import gather as gather
@@ -16,6 +18,8 @@ from distnorm.collectives.groups import adopt as adopt
 from distnorm.collectives.groups import make_twins as make_twins
 from distnorm.collectives.groups import members as members
 from distnorm.collectives.groups import set_debug as set_debug
+from distnorm.collectives.meeting import Meeting as Meeting
+from distnorm.collectives.meeting import come_together as come_together
 from distnorm.collectives.world import agreed_through_launcher as agreed_through_launcher
 from distnorm.collectives.world import end_ranks as end_ranks
 from distnorm.collectives.world import rank as rank

@@ -54,6 +54,8 @@ def end_ranks() -> None:
 def agreed_through_launcher(value: str, *, key: str, rank: int, address: str, port: int, timeout_s: float = 60) -> str:
     """Agree on rank 0's `value` before there is a process group, through the store that torchrun keeps for its ranks.
 
+    The first answer stands: ranks that torchrun has started again get the one that was agreed on before.
+
     Args:
         value: what rank 0 proposes; ignored on the others.
         key: names the question.
@@ -66,7 +68,7 @@ def agreed_through_launcher(value: str, *, key: str, rank: int, address: str, po
     """
     store = dist.TCPStore(address, port, is_master=False, timeout=dt.timedelta(seconds=timeout_s))
     if rank == 0:
-        store.set(key, value)
+        store.compare_set(key, "", value)
     return bytes(store.get(key)).decode()
 
 

@@ -72,7 +72,7 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         self.rank, self.world_size = rank, world_size
         self.seed, self.shuffle, self.last_batch = seed, shuffle, last_batch
         self.classes = classes
-        self.epoch = 0
+        self.epoch = self._start = 0
         self._check_one_batch()
 
     @property
@@ -96,7 +96,27 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         Args:
             epoch: 0 for the first.
         """
+        if epoch != self.epoch:
+            self._start = 0
         self.epoch = epoch
+
+    def start_at(self, step: int) -> None:
+        """Let the next iteration of this epoch begin at a step; later ones, and other epochs, begin at the first.
+
+        What a training needs that resumes in the middle of an epoch. `len` stays the whole epoch's.
+
+        Args:
+            step: batches of the epoch that are done, 0 … len.
+
+        Raises:
+            ConfigError: the epoch has fewer steps.
+        """
+        if not 0 <= step <= len(self):
+            raise ConfigError(
+                f"start_at({step}) is beyond this epoch, that has {len(self)} steps. Give one of 0..{len(self)}, "
+                "or resume with the data the checkpoint was made with."
+            )
+        self._start = step
 
     def global_count(self, batch_index: int) -> int:
         """Count the samples of one step over all ranks.
@@ -119,8 +139,9 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
 
     def __iter__(self) -> Iterator[list[Pair]]:
         epoch, order = self.epoch, self._order()
+        first, self._start = self._start, 0
         shard = None if self.classes is None else self._shard(order, self.classes)
-        for step in range(len(self)):
+        for step in range(first, len(self)):
             share = chunk(self.global_count(step), self.rank, self.world_size)
             if shard is None:
                 start = step * self.global_batch

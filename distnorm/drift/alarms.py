@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from distnorm.drift.catalogue import MEASURES, OF_THE_MODEL, Limit, Measure
 from distnorm.drift.events import Alarm, Measurement
@@ -33,6 +34,16 @@ class Alarms:
     def raised(self) -> tuple[Alarm, ...]:
         """The alarms that stand now."""
         return tuple(self._raised.values())
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: streaks, and the alarms that stand."""
+        raised = {key: dataclasses.asdict(alarm) for key, alarm in self._raised.items()}
+        return {"streaks": {key: list(streaks) for key, streaks in self._streaks.items()}, "raised": raised}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave, of the same layers."""
+        self._streaks = {key: list(streaks) for key, streaks in state["streaks"].items()}
+        self._raised = {key: Alarm(**alarm) for key, alarm in state["raised"].items()}
 
     def check(self, measurement: Measurement) -> list[Alarm]:
         """Hold a measurement of the layers against the limits: what changed."""

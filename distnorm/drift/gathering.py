@@ -153,6 +153,21 @@ class PendingCatch:
         return self._rows
 
 
+class ArrivedCatch:
+    """A gather that was under way when a checkpoint was saved: what it brought."""
+
+    def __init__(self, told: float, caught: Caught | None) -> None:
+        self._told, self._caught = told, caught
+
+    def word(self) -> float:
+        """Give what rank 0 had told."""
+        return self._told
+
+    def finish(self) -> Caught | None:
+        """Give what was caught; `None` on the other ranks."""
+        return self._caught
+
+
 def _reference(norm: WatchedNorm) -> Tensor:
     if norm.family == "sample":
         return torch.full((2 * norm.channels,), torch.nan, dtype=torch.float64, device=norm.device)

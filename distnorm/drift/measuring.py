@@ -8,6 +8,7 @@ Legend: R ranks, B blocks of ranks that share statistics, L layers, S channels o
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,14 +43,29 @@ class Measurer:
     def __init__(self, norms: Sequence[WatchedNorm], tier: str, num_ranks: int, *, pooled: bool = False) -> None:
         self._channels = [norm.channels for norm in norms]
         self._tier = tier
-        self._eps_S = _per_channel([float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in norms], self._channels)
-        self._running_S = _per_channel([norm.family != "sample" for norm in norms], self._channels)
+        self._eps_S = summary.per_channel(
+            [float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in norms], self._channels
+        )
+        self._running_S = summary.per_channel([norm.family != "sample" for norm in norms], self._channels)
         kinds: dict[tuple[tuple[tuple[int, ...], ...], bool], list[int]] = {}
         for index, norm in enumerate(norms):
             kinds.setdefault((norm.blocks(num_ranks), norm.family == "sample"), []).append(index)
         self._parts = [_Part(norms, indices, blocks, tier, pooled) for (blocks, _), indices in kinds.items()]
         self._ranks_over_time, self._noise = Window(_RANKS_WINDOW), Window(_RANKS_WINDOW)
         self._affine: tuple[Tensor, Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps: what measures over time have seen."""
+        return {"windows": [window.state() for window in self._windows()], "affine": self._affine}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave, of the same layers on as many ranks."""
+        for window, kept in zip(self._windows(), state["windows"], strict=True):
+            window.load(kept)
+        self._affine = None if state["affine"] is None else tuple(state["affine"])
+
+    def _windows(self) -> list[Window]:
+        return [self._ranks_over_time, self._noise, *(window for part in self._parts for window in part.windows)]
 
     def measure(self, caught: Caught) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
         """Compute all measures of a step: values by layer, and the worst channels; see `events.Measurement`."""
@@ -87,7 +103,7 @@ class Measurer:
 
         Not from one step to the next: weights that move look like noise there.
         """
-        count_RS = caught.count[:, _layer_of(self._channels)]
+        count_RS = caught.count[:, summary.layer_of(self._channels)]
         var_S = caught.m2.sum(0) / count_RS.sum(0).clamp(min=1) + self._eps_S
         if len(caught.mean) == 1:
             self._noise.add(caught.apart.square() / var_S)
@@ -122,7 +138,7 @@ class Measurer:
         plain_S = weight_S.nan_to_num(1.0)
         var_S = torch.where(self._running_S, caught.running_var[0], torch.inf)
         medians_L = summary.summarize(plain_S.abs(), self._channels).median
-        dead_S = health.dead_channels(plain_S, var_S, self._eps_S, medians_L[_layer_of(self._channels)])
+        dead_S = health.dead_channels(plain_S, var_S, self._eps_S, medians_L[summary.layer_of(self._channels)])
         found = {
             "dead_channels": summary.share(dead_S, self._channels),
             "dead_relus": summary.share(health.dead_relus(weight_S, bias_S), self._channels),
@@ -150,21 +166,24 @@ class _Part:
         self._pooled = pooled
         self.blocks, self._indices = blocks, indices
         own = [norms[index] for index in indices]
-        layer_of_S = _layer_of([norm.channels for norm in norms])
+        layer_of_S = summary.layer_of([norm.channels for norm in norms])
         self.columns = torch.cat([(layer_of_S == index).nonzero().squeeze(1) for index in indices])
         self._tier, self._of_samples = tier, own[0].family == "sample"
         self._channels = [norm.channels for norm in own]
-        self._layer_of_S = _layer_of(self._channels)
-        self._eps_S = _per_channel([float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in own], self._channels)
+        self._layer_of_S = summary.layer_of(self._channels)
+        self._eps_S = summary.per_channel(
+            [float(getattr(norm.layer, "eps", 0.0) or 0.0) for norm in own], self._channels
+        )
         # A constant has no noise of its own, and neither has, in the end, a cumulative average.
         momenta = [getattr(norm.layer, "momentum", None) if norm.family == "running" else None for norm in own]
-        self._momentum_S = _per_channel([float(momentum or 0.0) for momentum in momenta], self._channels)
-        self._moves_S = _per_channel([norm.family == "running" for norm in own], self._channels)
+        self._momentum_S = summary.per_channel([float(momentum or 0.0) for momentum in momenta], self._channels)
+        self._moves_S = summary.per_channel([norm.family == "running" for norm in own], self._channels)
         order = sorted((rank, block) for block, ranks in enumerate(blocks) for rank in ranks)
         self._block_of_R = torch.tensor([block for _, block in order])
         self._first_R = [block[0] for block in blocks]
         self._ranks_B1 = torch.tensor([[float(len(block))] for block in blocks])
         self._gaps, self._vars, self._past = Window(_GAPS_WINDOW), Window(_GAPS_WINDOW), Window(_RANKS_WINDOW)
+        self.windows = self._gaps, self._vars, self._past
         self._floors: dict[tuple[float, ...], dict[divergence.Kind, Tensor]] = {}
         self._kinds = divergence.KINDS if tier == "full" else divergence.KINDS[:1]
 
@@ -277,13 +296,3 @@ class _Part:
         each_RS = each_BS[self._block_of_R]
         units = Moments(count_RS * each_RS, caught.mean[:, self.columns], caught.m2[:, self.columns] * each_RS)
         return {"f": noise.f_statistic(units), "icc": noise.intraclass_correlation(units)}
-
-
-def _layer_of(channels: Sequence[int]) -> Tensor:
-    """Number the layer of every channel, all layers one after the other."""
-    return torch.repeat_interleave(torch.arange(len(channels)), torch.tensor(channels))
-
-
-def _per_channel(values: Sequence[float], channels: Sequence[int]) -> Tensor:
-    """Spread one value a layer over its channels."""
-    return torch.repeat_interleave(torch.tensor(values), torch.tensor(channels))

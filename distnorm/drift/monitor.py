@@ -11,10 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from distnorm.drift.catalogue import BY_KEY, MEASURES
+from distnorm.drift.choice import check_globs
 from distnorm.drift.events import Event, Measurement
 from distnorm.drift.questions import Questions
 from distnorm.drift.shift import EvaluationShift
-from distnorm.drift.watch import DriftWatch, check_globs
+from distnorm.drift.watch import DriftWatch
 from distnorm.errors import ConfigError
 
 _RECENT = 10
@@ -91,6 +92,7 @@ class DriftMonitor(Callback):
         self._recent: dict[str, collections.deque[float]] = {}
         self._shift: EvaluationShift | None = None
         self._loader: Any = None  # the trainer forgets it when training ends
+        self._stored: dict[str, Any] | None = None
 
     def check(self, model: nn.Module) -> None:
         """Hold `include` and `exclude` against a model, before anything is started; alike on every rank.
@@ -128,6 +130,22 @@ class DriftMonitor(Callback):
         sinks = [logger for logger in trainer.loggers if hasattr(logger, "take")] if trainer.is_global_zero else []
         self._watch = DriftWatch(pl_module, [*sinks, self], **self._options)
         self._questions = Questions(self._watch, self._evaluation)
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            self._watch.load(stored["watch"])
+            self._severity = dict(stored["severity"])
+            self._recent = {name: collections.deque(rows, maxlen=_RECENT) for name, rows in stored["recent"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps; Lightning writes rank 0's."""
+        if self._watch is None:
+            return {}
+        recent = {name: list(values) for name, values in self._recent.items()}
+        return {"watch": self._watch.state(), "severity": dict(self._severity), "recent": recent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep what the next training goes on from."""
+        self._stored = state_dict
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

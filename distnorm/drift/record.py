@@ -9,8 +9,9 @@ Schema 2. The first line is `{"schema": 2, "time": …, …}`, with what was dec
     "snapshot": {…}          whole layers                                  (`events.Snapshot`)
     "alarm": {…}             a limit crossed, or kept again                (`events.Alarm`)
 
-A number that JSON has no word for is the string "nan", "inf" or "-inf". After a requeue the same file goes on, and
-steps may come twice: the later row holds. Schema 1 had numbers only, and is read too.
+A number that JSON has no word for is the string "nan", "inf" or "-inf". After a requeue the same file goes on where
+the checkpoint was saved (`Record.rewind`). Where steps come twice all the same, the later row holds. Schema 1 had
+numbers only, and is read too.
 
 Bounded. Each kind of row has a limit; when a kind is twice as many, the file is written anew with at most so many,
 evenly over the steps (`thinning.kept`): the first and the most recent ones stay, and all alarms, all rows of validation
@@ -68,6 +69,23 @@ class Record:
         if not self._lines:
             self._write(json.dumps({"schema": SCHEMA, "time": time.time(), **(about or {})}, default=str), None, 0)
 
+    def rewind(self, step: int, time_s: float) -> None:
+        """Take away what was written after a checkpoint: rows of later steps, and later rows; what follows repeats it.
+
+        Args:
+            step: optimizer steps done in the checkpoint.
+            time_s: when it was saved, in seconds since the epoch, by the clock of whoever wrote the rows.
+        """
+        with self._path.open("rb") as file:
+            rows = [_parsed(line.rstrip(b"\n")) for line in file]
+        stay = {
+            index
+            for index, row in enumerate(rows)
+            if row is None or "schema" in row or (row["step"] <= step and row.get("time", 0) <= round(time_s, 3))
+        }
+        if len(stay) < len(rows):
+            self._rewrite(stay)
+
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add one row of numbers."""
         numbers = {key: value if math.isfinite(value) else str(value) for key, value in values.items()}
@@ -105,13 +123,17 @@ class Record:
         return self._max_rows * (1 if "drift" in kind else _ROWS_PER_MEASUREMENT)
 
     def _thin(self) -> None:
-        """Write the file anew with fewer rows; whoever reads, and a kill, find the old one or the new one."""
+        """Leave rows out, evenly."""
         rows = collections.defaultdict(list)
         for index, (kind, _) in enumerate(self._lines):
             rows[kind].append(index)
         stay = set(rows.pop(None, ()))
         for kind, indices in rows.items():
             stay |= {indices[i] for i in kept([self._lines[i][1] for i in indices], self._limit(kind))}
+        self._rewrite(stay)
+
+    def _rewrite(self, stay: set[int]) -> None:
+        """Write the file anew with these lines; whoever reads, and a kill, find the old one or the new one."""
         with self._path.open("rb") as old, self._partial.open("wb") as new:
             new.writelines(line for index, line in enumerate(old) if index in stay)
             new.flush()

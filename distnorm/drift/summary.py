@@ -96,3 +96,13 @@ def _quantile(sorted_LC: Tensor, count_L: Tensor, q: float) -> Tensor:
     # Equal ones, also two inf, are themselves; the one above the last is padding, and has no weight.
     part = (place_L1 - low_L1).to(below.dtype)
     return torch.where((part == 0) | (below == above), below, below * (1 - part) + above * part).squeeze(-1)
+
+
+def layer_of(channels: Sequence[int]) -> Tensor:
+    """Number the layer of every channel, all layers one after the other."""
+    return torch.repeat_interleave(torch.arange(len(channels)), torch.tensor(channels))
+
+
+def per_channel(values: Sequence[float], channels: Sequence[int]) -> Tensor:
+    """Spread one value a layer over its channels."""
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(channels))

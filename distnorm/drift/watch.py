@@ -6,7 +6,6 @@ rank 0's host an interval. Between intervals a hook returns at once.
 """
 
 import contextlib
-import fnmatch
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -16,8 +15,9 @@ from torch import nn
 from distnorm import collectives
 from distnorm.drift.alarms import Alarms
 from distnorm.drift.capture import Hooks, WatchedNorm, watched_norms
+from distnorm.drift.choice import check_globs, selected
 from distnorm.drift.events import Alarm, Event, Measurement, TakesEvents, Watched, WatchedLayer
-from distnorm.drift.gathering import Caught, Gathering, PendingCatch
+from distnorm.drift.gathering import ArrivedCatch, Caught, Gathering, PendingCatch
 from distnorm.drift.measuring import Measurer
 from distnorm.drift.snapshots import snapshot
 from distnorm.errors import ConfigError, did_you_mean
@@ -93,7 +93,7 @@ class DriftWatch:
         _check(kind, interval, evaluation, on_alarm)
         self.sinks, self.interval, self._kind, self._stops = list(sinks), interval, kind, on_alarm == "stop"
         check_globs(model, include, exclude)
-        self._in_order = _selected(list(watched_norms(model)), include, exclude)
+        self._in_order = selected(list(watched_norms(model)), include, exclude)
         self._gathering = Gathering(self._in_order, carries_word=self._stops)
         places = {norm: place for place, norm in enumerate(self._gathering.norms)}
         self._place = [places[norm] for norm in self._in_order]
@@ -103,7 +103,7 @@ class DriftWatch:
         self._hooks = Hooks(self._in_order, lambda _: self.is_measuring)
         self.steps = 0
         self.is_measuring = self.is_stopped = False
-        self._pending: tuple[int, PendingCatch] | None = None
+        self._pending: tuple[int, PendingCatch | ArrivedCatch] | None = None
         self._told_layers = False
         self._measurements = 0
         self._untold: tuple[int, Caught] | None = None
@@ -165,6 +165,42 @@ class DriftWatch:
             self.close()
         else:
             self.abandon()
+
+    def state(self) -> dict[str, Any]:
+        """Give what a checkpoint keeps after a step: rank 0's windows, streaks and alarms, and what is under way.
+
+        Collective: none is started.
+        """
+        pending = None
+        if self._pending is not None:
+            step, catch = self._pending
+            pending = {"step": step, "word": catch.word(), "caught": _plain(catch.finish())}
+        untold = None if self._untold is None else {"step": self._untold[0], "caught": _plain(self._untold[1])}
+        return {
+            "names": self.names,
+            "ranks": collectives.world_size(),
+            "measurements": self._measurements,
+            "pending": pending,
+            "untold": untold,
+            "alarms": self.alarms.state(),
+            "measurer": None if self._measurer is None else self._measurer.state(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from rank 0's `state`; windows only of as many ranks, and nothing of other layers."""
+        if state["names"] != self.names:
+            return
+        self.alarms.load(state["alarms"])
+        if state["ranks"] != collectives.world_size() or self._measurer is None:
+            return
+        self._measurements = state["measurements"]
+        self._measurer.load(state["measurer"])
+        is_first = collectives.rank() == 0
+        if (kept := state["pending"]) is not None:
+            caught = Caught(**kept["caught"]) if is_first else None
+            self._pending = kept["step"], ArrivedCatch(kept["word"], caught)
+        if is_first and (kept := state["untold"]) is not None:
+            self._untold = kept["step"], Caught(**kept["caught"])
 
     def tell(self, event: Event) -> None:
         """Give an event to every sink; an alarm is logged too."""
@@ -248,33 +284,8 @@ def _shared(norm: WatchedNorm, row: int, caught: Caught) -> int:
     return int(caught.samples[list(norm.blocks(len(caught.samples))[0]), row].sum())
 
 
-def check_globs(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> None:
-    """Refuse a choice of layers that names none.
-
-    Raises:
-        ConfigError: a glob names no norm that could be watched.
-    """
-    names = [norm.name for norm in watched_norms(model)]
-    for argument, globs in {"include": include, "exclude": exclude}.items():
-        if isinstance(globs, str):
-            raise ConfigError(f"drift.{argument}={globs!r} must be a list of globs. Give [{globs!r}].")
-        for glob in globs:
-            if not fnmatch.filter(names, glob):
-                some = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
-                raise ConfigError(
-                    f"drift.{argument}={glob!r} matches no watched layer: there are {some or 'none'}."
-                    f"{did_you_mean(glob, names)}\nName a layer or a glob of them: 'drift.{argument}=[layer4.*]'."
-                )
-
-
-def _selected(norms: list[WatchedNorm], include: Sequence[str], exclude: Sequence[str]) -> list[WatchedNorm]:
-    """Leave out what is not to be watched."""
-    return [
-        norm
-        for norm in norms
-        if (not include or any(fnmatch.fnmatchcase(norm.name, glob) for glob in include))
-        and not any(fnmatch.fnmatchcase(norm.name, glob) for glob in exclude)
-    ]
+def _plain(caught: Caught | None) -> dict[str, Any] | None:
+    return None if caught is None else dict(vars(caught))
 
 
 def _check(kind: str, interval: int, evaluation: str, on_alarm: str) -> None:

@@ -1,6 +1,7 @@
 """Means and variances over the last measurements, element by element, in constant memory."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ class Window:
         gap = (values - now.mean).where(known, 0)
         now.mean = now.mean + gap / now.count.clamp(min=1)
         now.m2 = now.m2 + gap * (values - now.mean).where(known, 0)
+
+    def state(self) -> list[dict[str, Any] | None]:
+        """Give what a checkpoint keeps."""
+        return [None if half is None else dict(vars(half)) for half in (self._before, self._now)]
+
+    def load(self, state: list[dict[str, Any] | None]) -> None:
+        """Go on from what `state` gave."""
+        self._before, self._now = (None if half is None else _Half(**half) for half in state)
 
     @property
     def moments(self) -> Moments | None:

@@ -4,73 +4,68 @@
 """
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from distnorm import checkpoint, collectives
+from distnorm.errors import ConfigError
 from distnorm.launch.run_dir import RunFolder
+from distnorm.loop_state import is_between_steps
 
 _log = logging.getLogger(__name__)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its place and rename it: a kill leaves the old one or the new one, never half.
-
-    Lightning's own writes in the system's temporary folder and moves, which copies where that is another disk.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write one checkpoint; Lightning calls this on rank 0."""
-        place = Path(path)
-        partial = place.with_name(f".{place.name}.{os.getpid()}")
-        super().save_checkpoint(checkpoint, partial, storage_options)
-        partial.replace(place)
-
-
 class LastCheckpoint(Callback):
-    """Save `last.ckpt` after every epoch and when training ends, in the middle of an epoch too.
+    """Save `last.ckpt` after every epoch and when training ends, in the middle of an epoch too, and whenever asked.
 
     Lightning's `save_last` writes only where a *best* checkpoint was written as well (2.6.6).
 
     Args:
         run: the folder.
 
-    Collective: Lightning's own for a checkpoint.
+    Attributes:
+        failure: why the last save failed, alike on all ranks: a full disk; `None` where it did not.
+
+    Collective: Lightning's own for a checkpoint, those of the callbacks that add to it, and 1 agreement.
     """
 
     def __init__(self, run: RunFolder) -> None:
-        self._path = run.checkpoints / "last.ckpt"
-        self._saved_at = -1
+        self._path = run.checkpoints / checkpoint.LAST
+        self._saved_at = (-1, -1)
+        self.failure: str | None = None
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say so where training stopped in the middle of an epoch: the rest of its samples are not trained on."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        if trainer.state.fn == TrainerFn.FITTING and not progress["is_last_batch"] and trainer.is_global_zero:
-            done = progress["current"]["completed"]
-            _log.warning("The checkpoint is from the middle of an epoch, after its step %d: the rest is skipped.", done)
+    def save(self, trainer: pl.Trainer) -> bool:
+        """Save at the end of a batch, from a callback's `on_train_batch_end`; every rank must call, after the same one.
+
+        Returns:
+            Whether it was time to, alike on all ranks. It is not while gradients are accumulated over several batches:
+            call again after the next one.
+        """
+        if not is_between_steps(trainer):
+            return False
+        place = (trainer.global_step, trainer.fit_loop.epoch_progress.state_dict()["current"]["processed"])
+        if place != self._saved_at:
+            trainer.save_checkpoint(self._path)
+            self.failure = collectives.agree(_failure_of(trainer), "the news of a save")[0]
+            self._saved_at = place if self.failure is None else (-1, -1)
+        return True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, where steps were made since the last time; alike on every rank."""
-        if trainer.global_step != self._saved_at:
-            trainer.save_checkpoint(self._path)
-            self._saved_at = trainer.global_step
+        self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what the last epoch has added."""
-        self.on_train_epoch_end(trainer, pl_module)
+        self.save(trainer)
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keep the checkpoint with the lowest validation loss, over a resume too: the new folder starts with the old best.
+    """Keep the checkpoint with the lowest validation loss, over a resume too: a new folder starts with the old best.
 
     Lightning forgets the best score whenever the folder changes, as it does at every resume.
 
@@ -80,7 +75,9 @@ class BestCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, run: RunFolder, resumed_from: str | None) -> None:
-        super().__init__(run.checkpoints, "best", monitor="val/loss", enable_version_counter=False)
+        # After a validation, not at the end of its epoch: `last.ckpt`, saved there, must know of it.
+        own: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}
+        super().__init__(run.checkpoints, "best", monitor="val/loss", **own)
         self._before = Path(resumed_from).with_name("best.ckpt") if resumed_from else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,7 +87,7 @@ class BestCheckpoint(ModelCheckpoint):
         if before is None or score is None or not before.is_file():
             return
         path = str(Path(str(self.dirpath)) / "best.ckpt")
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if getattr(rank_zero_only, "rank", 0) == 0 and before.resolve() != Path(path).resolve():
             partial = f"{path}.partial"
             shutil.copyfile(before, partial)
             Path(partial).replace(path)
@@ -107,12 +104,45 @@ def checkpoint_callbacks(run: RunFolder, resumed_from: str | None) -> list[Callb
 def test(
     trainer: pl.Trainer, task: pl.LightningModule, data: pl.LightningDataModule, run: RunFolder
 ) -> tuple[Path, dict[str, float]]:
-    """Test the best checkpoint, or the last one where training ended before its first validation.
+    """Test the best checkpoint, or the last one where training ended before its first validation, or best is damaged.
 
     Returns:
         The checkpoint that was tested, and its metrics over all ranks.
+
+    Collective: 1 agreement on the checkpoint; Lightning's own.
+
+    Raises:
+        ConfigError: no checkpoint could be saved, or none can be read; alike on all ranks.
     """
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-    tested = Path(best) if best and Path(best).is_file() else run.checkpoints / "last.ckpt"
+    found: Path | ConfigError | None = None
+    if collectives.rank() == 0:
+        try:
+            found = _good(Path(best) if best else None, run, trainer.ckpt_path)
+        except ConfigError as error:
+            found = error
+    tested = collectives.agree(found, "the checkpoint to test")[0]
+    if isinstance(tested, ConfigError):
+        raise tested
     trainer.test(task, datamodule=data, ckpt_path=tested, verbose=False)
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def _good(best: Path | None, run: RunFolder, resumed_from: str | Path | None) -> Path:
+    """Choose the best checkpoint, else the last, else the one that training had nothing to add to."""
+    if best is None or not best.is_file():
+        if any(run.checkpoints.glob("*.ckpt")):
+            return checkpoint.find(run.path)
+        if resumed_from:
+            return checkpoint.find(resumed_from)
+        raise ConfigError(f"{run.checkpoints} holds no checkpoint to test: none could be saved. Make room there first.")
+    if (damage := checkpoint.damage_of(best)) is None:
+        return best
+    last = checkpoint.find(run.path)
+    _log.warning("%s is damaged (%s): %s is tested instead.", best, damage, last)
+    return last
+
+
+def _failure_of(trainer: pl.Trainer) -> str | None:
+    """Give what this rank's disk said to the last save."""
+    return getattr(trainer.strategy.checkpoint_io, "failure", None)

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
@@ -22,6 +23,7 @@ _EXPECTED = (
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*could not find the monitored key.*",
     r".*barrier\(\): using the device under current context.*",
+    r".*resuming from a checkpoint that ended before the epoch ended.*",  # distnorm.resume says what is right
     r".*The number of training batches .* is smaller than the logging interval.*",
 )
 
@@ -39,10 +41,21 @@ def quiet_libraries() -> None:
 
 
 def fail(error: DistNormError) -> NoReturn:
-    """Print a mistake in its own words, and end with its exit code."""
+    """Print a mistake in its own words, unless another rank does, and end with its exit code."""
     sys.stdout.flush()
-    print(error, file=sys.stderr)
+    if error.aloud:
+        print(error, file=sys.stderr)
     raise SystemExit(error.exit_code)
+
+
+def leave_to(file: Path) -> None:
+    """Let all that this process prints go to a file from here on, at its end; what it starts inherits that."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, sys.stdout.fileno())
+    os.dup2(descriptor, sys.stderr.fileno())
+    os.close(descriptor)
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -14,8 +14,22 @@ class RunInterruptedError(DistNormError):
     Args:
         message: what stopped it, where it is saved, how to go on.
         exit_code: `STOPPED` or `REQUEUE`.
+        wants_requeue: a SLURM job should be requeued.
     """
 
-    def __init__(self, message: str, exit_code: int = STOPPED) -> None:
+    def __init__(self, message: str, exit_code: int = STOPPED, *, wants_requeue: bool = False) -> None:
         super().__init__(message)
-        self.exit_code = exit_code
+        self.exit_code, self.wants_requeue = exit_code, wants_requeue
+
+
+class RefusedError(DistNormError):
+    """A run was refused before it began, on all ranks alike.
+
+    Args:
+        message: what is wrong, and what to type instead.
+        aloud: this rank says it; of those that share a console one is enough.
+    """
+
+    def __init__(self, message: str, *, aloud: bool = True) -> None:
+        super().__init__(message)
+        self.aloud = aloud

@@ -1,10 +1,11 @@
 """From the command line to a running rank: compose, check, decide, start; mistakes end here in at most three lines."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -13,10 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distnorm import checkpoint, settings, targets
+from distnorm import settings, targets
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import console, overrides, ranks
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, open_run
+from distnorm.launch import console, failures, overrides, ranks, requeue, resumption, run_dir, signals
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.preflight import Preflight
+from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
@@ -30,32 +33,28 @@ def main(train: Train, config: Path) -> None:
         config: the root of the configuration: `conf/train.yaml`.
     """
     console.quiet_libraries()
+    is_rank = RUN_DIR in os.environ
     try:
-        if RUN_DIR in os.environ:
-            _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
-        else:
-            _compose_and_start(train, config)
+        with signals.listening() if is_rank or ranks.is_task() else contextlib.nullcontext():
+            if is_rank:
+                _be_rank(train, RunFolder(Path(os.environ[RUN_DIR])))
+            else:
+                _compose_and_start(train, config)
+    except RunInterruptedError as error:
+        console.fail(requeue.requeue(error))
     except DistNormError as error:
         console.fail(error)
 
 
 def _compose_and_start(train: Train, config: Path) -> None:
-    """Let Hydra compose. A single run starts after it has returned, each job of a sweep (`-m`) inside it."""
-    single: list[tuple[DictConfig, list[str]]] = []
-    failures: list[DistNormError] = []
+    """Let Hydra compose, all jobs of a sweep (`-m`) too, and start what it has composed once it has returned."""
+    composed: list[tuple[DictConfig, list[str]]] = []
+    modes = set[RunMode | None]()
 
-    def job(composed: DictConfig) -> None:
+    def job(one: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        if hydra_config.mode != RunMode.MULTIRUN:
-            single.append((composed, list(hydra_config.overrides.task)))
-            return
-        name = " ".join(hydra_config.overrides.task)
-        print(f"--- {name}", flush=True)
-        try:
-            _start(train, settings.check(composed), sweeping=True)
-        except DistNormError as error:  # the other jobs go on
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
-            failures.append(error)
+        modes.add(hydra_config.mode)
+        composed.append((one, list(hydra_config.overrides.task)))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through, to be worded here
     try:
@@ -64,14 +63,42 @@ def _compose_and_start(train: Train, config: Path) -> None:
         if isinstance(error, ValueError) and overrides.NO_CHOICE not in str(error):
             raise
         raise ConfigError(overrides.in_words(error, config.parent)) from None
-    for composed, changes in single:
-        checked = settings.check(composed)
+    if RunMode.MULTIRUN in modes:
+        _sweep(train, composed)
+        return
+    for one, changes in composed:  # none after --help or --cfg
+        checked = settings.check(one)
         if checked.study is None and checked.search is None:
-            _start(train, checked, sweeping=False)
+            _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
-    if failures:
-        raise type(failures[0])(f"{len(failures)} of the jobs failed; the reasons stand above.")
+
+
+def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
+    """Run the jobs of a sweep. What is wrong with all of them is refused; what is wrong with one is that one's."""
+    from distnorm import sweep  # noqa: PLC0415 — what a single run does not need
+
+    checked = [(_checked(one), changes) for one, changes in composed]
+    good = [one for one, _ in checked if not isinstance(one, DistNormError)]
+    if not good:
+        raise next(one for one, _ in checked if isinstance(one, DistNormError))
+    if any(one.study is not None or one.search is not None for one in good):
+        raise ConfigError("-m sweeps over runs, and this is a study or a search of many already. Leave out -m.")
+    found = ranks.find(good[0].trainer)
+    if found.started_by == "torchrun" or (found.started_by == "slurm" and "SLURM_ARRAY_TASK_ID" not in os.environ):
+        raise ConfigError(
+            f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. "
+            "Sweep without it, or as an array: slurm/sweep.sbatch."
+        )
+    jobs = sweep.plan(checked, Path(good[0].runs_dir))
+    sweep.conduct(jobs, lambda one, place: _start(train, one, place))
+
+
+def _checked(composed: DictConfig) -> Settings | DistNormError:
+    try:
+        return settings.check(composed)
+    except DistNormError as error:
+        return error
 
 
 def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) -> None:
@@ -100,36 +127,90 @@ def _conduct(train: Train, checked: Settings, config: Path, changes: list[str]) 
     conduct(train, checked, compose, [sys.argv[0], *changes])
 
 
-def _start(train: Train, checked: Settings, *, sweeping: bool) -> None:
-    """Check all that can be checked without ranks, then run here or start them."""
+def _start(train: Train, checked: Settings, place: RunFolder | None = None) -> None:
+    """Check all that can be checked without ranks, then run here or start them.
+
+    Args:
+        train: trains on this rank.
+        checked: the settings.
+        place: the folder of a sweep's job, that goes on from a checkpoint there; `None`: a new one, or that of a run
+            that SLURM or torchrun has started again.
+    """
+    found = ranks.find(checked.trainer)
+    with Preflight(found, checked.trainer.timeout_s) as preflight:
+        complete, run = _open(checked, found, place)
+        preflight.check(complete, run)
+    of_many = place is not None and "SLURM_ARRAY_TASK_ID" not in os.environ  # an array's task has one job, and is fresh
+    if found.started_by == "distnorm" or (of_many and found.started_by == "nobody"):
+        from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
+
+        local.start_ranks(sys.argv[0], run, found.world_size)
+    else:
+        if found.rank:
+            console.leave_to(run.log_of(found.rank))
+        _train_here(train, complete, found, run)
+
+
+def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tuple[Settings, RunFolder]:
+    """Check what this rank can by itself, and open the run's folder; the settings, resolved."""
     from distnorm.launch import trainer  # noqa: PLC0415 — Lightning: seconds that a misspelt key need not wait for
 
-    if checked.study is not None or checked.search is not None:
-        what = "experiment is a study" if checked.search is None else "command is a search"
-        raise ConfigError(f"-m sweeps over runs, and this {what} of many already. Leave out -m.")
-    found = ranks.find(checked.trainer)
-    if sweeping and found.started_by in ("torchrun", "slurm"):
-        raise ConfigError(
-            f"-m starts ranks for each job, and {found.started_by} has started {found.world_size}. Sweep without it."
-        )
-    complete = checked.with_batches(found.world_size)
-    spec = complete.decide(found.world_size, found.per_node)
+    run = place or run_dir.locate(checked, found)
+    again = place is not None or run_dir.has_restarted(run)
+    own = _own_settings(run) if again and place is None else checked
+    if again and any((run.checkpoints / file).is_file() for file in ("last.ckpt", "previous.ckpt")):
+        own = own.model_copy(update={"ckpt_path": str(run.path)})
+    if own.ckpt_path is None:
+        complete = own.with_batches(found.world_size)
+        complete.decide(found.world_size, found.per_node)
+    else:
+        complete = resumption.prepare(own, found)
     trainer.check_passthrough(complete.trainer.lightning)
     data = targets.build(complete.data)
     if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
         data.describe(found.world_size)
     settings.check_fit(complete, data)
-    if complete.ckpt_path is not None:
-        path = checkpoint.find(complete.ckpt_path).resolve()
-        checkpoint.check_resume(path, spec)
-        complete = complete.model_copy(update={"ckpt_path": str(path)})
-    run = open_run(complete, found)
-    if found.started_by == "distnorm" or sweeping:
-        from distnorm.launch import local  # noqa: PLC0415 — the launcher loads what a rank does not need
+    run_dir.open_run(complete, found, run, again=again)
+    return complete, run
 
-        local.start_ranks(sys.argv[0], run, found.world_size)
-    else:
-        train(complete, found, run)
+
+def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFolder) -> None:
+    """Train in this process, alone or as a rank of torchrun or srun.
+
+    Told to stop, the first rank says so, asks for the requeue, and has the exit code. Every process then ends at once:
+    a destructor of its process group might abort it, and change its exit code.
+    """
+    noted = failures.noted(run, found.rank) if found.world_size > 1 else contextlib.nullcontext()
+    with noted, signals.listening():
+        try:
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            if not found.is_first:
+                _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
+            ending = requeue.requeue(error)
+            print(ending, file=sys.stderr)
+            _leave(ending.exit_code)
+
+
+def _close_wandb() -> None:
+    """Let wandb write what it holds, where it was loaded."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        with contextlib.suppress(Exception):  # its process may have been told too, and have gone
+            wandb.finish()
+
+
+def _leave(exit_code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def _own_settings(run: RunFolder) -> Settings:
+    """Read what a run was started with, whatever conf/ says by now; on other ranks the global batch stays."""
+    own = run.read_settings()
+    return own.model_copy(update={"data": {**own.data, "device_batch": None}})
 
 
 def _be_rank(train: Train, run: RunFolder) -> None:
@@ -138,9 +219,12 @@ def _be_rank(train: Train, run: RunFolder) -> None:
     checked = run.read_settings()
     found = ranks.find(checked.trainer.model_copy(update={"ranks_from": "torchrun"}))  # it is torchrun's engine
     local.become_rank(run, found.rank)
-    try:
-        train(checked, found, run)
-    except BaseException as error:  # noqa: BLE001 — whatever ends a rank, the launcher names it
-        local.note_failure(run, found.rank, error)
-        sys.stdout.flush()
-        os._exit(1)  # no destructor of a broken process group, no interpreter shutdown may keep this rank alive
+    with failures.noted(run, found.rank, aloud=not found.is_first), signals.listening():
+        try:
+            with Preflight(found, checked.trainer.timeout_s) as preflight:
+                preflight.check(checked, run)
+            train(checked, found, run)
+        except RunInterruptedError as error:
+            _close_wandb()
+            local.note_ending(run, found.rank, error)
+            _leave(0)  # torch's launcher takes other codes for failures, and ends the ranks that still close files

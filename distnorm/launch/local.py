@@ -4,6 +4,7 @@ Each rank is a fresh process of the same script, that reads its configuration fr
 console; the others write to files. When one ends badly the others are ended, and none outlives this process.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import json
@@ -12,19 +13,22 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from distnorm import positions, whereabouts
-from distnorm.errors import DistNormError, GroupError
-from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json
+from distnorm.errors import DistNormError
+from distnorm.launch import console, failures, signals
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.run_dir import RUN_DIR, RunFolder, write_json, write_whole
 
 _PATIENCE_S = 3
+_TIME_TO_SAVE_S = 10
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 
 
@@ -37,6 +41,9 @@ class RankError(DistNormError):
 def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
     """Run `num_ranks` processes of `script` on this machine, and wait for them.
 
+    USR1 or TERM to this process asks them to stop, through the run's folder; they are given the time to. Told again
+    after 10 s, it ends them as they are, as Ctrl-C does at once.
+
     Args:
         script: the Python file that each rank executes.
         run: its folder holds the configuration, and takes the ranks' output.
@@ -44,6 +51,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
 
     Raises:
         RankError: a rank ended with an exception or by a signal; all others have been ended.
+        RunInterruptedError: they were told to stop, and have saved.
     """
     with tempfile.TemporaryDirectory(prefix="distnorm-") as scratch:
         config = LaunchConfig(
@@ -57,6 +65,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=scratch),
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
             **_shutdown_timeout(),
         )
         os.environ[RUN_DIR] = str(run.path)
@@ -64,23 +73,46 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         started = time.time()
         try:
-            elastic_launch(config, sys.executable)("-u", script)
+            with _passing_on(run):
+                elastic_launch(config, sys.executable)("-u", script)
         except ChildFailedError as error:
-            raise RankError(_describe(error, run, started)) from None
+            raise RankError(failures.in_words(run, started, _how_ended(error))) from None
         except SignalException as error:
-            print(*_where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
+            print(*failures.where_the_ranks_were(run, started), sep="\n", file=sys.stderr, flush=True)
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
+        _raise_ending(run, started)
+
+
+@contextlib.contextmanager
+def _passing_on(run: RunFolder) -> Iterator[None]:
+    """Ask the ranks to stop when this process is told to: their pids are torch's, and starting up they would die."""
+    told_at: list[float] = []
+
+    def ask(told: int, _: FrameType | None) -> None:
+        told_at.append(time.monotonic())
+        if told_at[-1] - told_at[0] > _TIME_TO_SAVE_S:
+            raise SignalException("told to stop again", signal.Signals(told))
+        write_whole(run.stop, signal.Signals(told).name)  # in one piece: rank 0 looks any time
+
+    before = {told: signal.signal(told, ask) for told in signals.LISTENED}
+    if already := signals.heard():
+        ask(already, None)
+    try:
+        yield
+    finally:
+        for told, handler in before.items():
+            signal.signal(told, handler)
+        if told_at:  # they ended before they looked
+            run.stop.unlink(missing_ok=True)
 
 
 def become_rank(run: RunFolder, rank: int) -> None:
     """Prepare this process to be a rank: end with the launcher, and leave the console to rank 0."""
     end_with_parent()
     if rank:
-        descriptor = os.open(run.log_of(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, sys.stdout.fileno())
-        os.dup2(descriptor, sys.stderr.fileno())
+        console.leave_to(run.log_of(rank))
 
 
 def end_with_parent() -> None:
@@ -92,30 +124,22 @@ def end_with_parent() -> None:
         raise SystemExit(1)
 
 
-def note_failure(run: RunFolder, rank: int, error: BaseException) -> None:
-    """Leave word of the exception that ends this rank, with the time, for the launcher to find the first."""
-    whole = "".join(traceback.format_exception(error))
-    note = {
-        "time": time.time(),
-        "kind": type(error).__name__,
-        "message": str(error) if isinstance(error, DistNormError) else _short_traceback(error),
-        "lost_peer": isinstance(error, GroupError) or any(word in str(error) for word in _LOST_PEER),
-        "traceback": whole.splitlines(),
-    }
-    write_json(run.error_of(rank), note)
+def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
+    """Leave word, on rank 0, that the run was told to stop, for the launcher to say."""
+    if rank == 0:
+        write_json(_ending_of(run), {"message": str(error), "wants_requeue": error.wants_requeue})
 
 
-def _short_traceback(error: BaseException) -> str:
-    """Keep the frames of code that a user can change, and the last: Lightning and torch add forty between them."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames[:-1] if not {"site-packages", "dist-packages"} & set(Path(frame.filename).parts)]
-    left_out = len(frames) - len(own) - 1
-    lines = ["Traceback (most recent call last):\n", *traceback.format_list([*own, frames[-1]])]
-    lines += [f"  ({left_out} frames of installed packages left out)\n"] if left_out else []
-    return "".join([*lines, *traceback.format_exception_only(error)]).rstrip()
+def _raise_ending(run: RunFolder, started: float) -> None:
+    """Raise what rank 0 left word of, where the ranks ended so."""
+    file = _ending_of(run)
+    if file.exists() and file.stat().st_mtime >= started:
+        note = json.loads(file.read_text())
+        raise RunInterruptedError(note["message"], wants_requeue=note["wants_requeue"])
 
 
-_LOST_PEER = ("closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "NCCL", "Gloo", "gloo")
+def _ending_of(run: RunFolder) -> Path:
+    return run.ranks / "stopped.json"
 
 
 def _shutdown_timeout() -> dict[str, Any]:
@@ -124,45 +148,11 @@ def _shutdown_timeout() -> dict[str, Any]:
     return {"shutdown_timeout": _PATIENCE_S} if "shutdown_timeout" in fields else {}
 
 
-def _describe(error: ChildFailedError, run: RunFolder, started: float) -> str:
-    """Say which rank failed first, and why; that comes last, where one looks."""
-    notes = {rank: json.loads(file.read_text()) for rank, file in _error_files(run) if file.stat().st_mtime >= started}
-    first = _first(error, notes)
-    lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank != first]
-    lines += _where_the_ranks_were(run, started)
-    if first:
-        lines.append(f"rank {first} wrote {run.log_of(first)}")
-    if first in notes:
-        lines += [f"rank {first} failed first, with {notes[first]['kind']}:", notes[first]["message"]]
-    else:
-        failure = error.failures[first]
-        how = f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
-        lines.append(f"rank {first} failed first: it ended by {how} (process {failure.pid}).")
-    return "\n".join(lines)
-
-
-def _where_the_ranks_were(run: RunFolder, started: float) -> list[str]:
-    """Say who left before which layer and who waited there, in one line; none before the first exchange."""
-    sentence = whereabouts.in_words(positions.read(run.ranks, started))
-    return [sentence] if sentence else []
-
-
-def _first(error: ChildFailedError, notes: dict[int, Any]) -> int:
-    """Find the first failure. A rank that lost its peer is not the first; one that ended without a word is."""
-    own_fault = [rank for rank in notes if not notes[rank]["lost_peer"]]
-    if own_fault:
-        return min(own_fault, key=lambda rank: notes[rank]["time"])
-    silent = [rank for rank, failure in error.failures.items() if rank not in notes and not _was_ended(failure)]
-    if silent:
-        return silent[0]
-    return min(notes, key=lambda rank: notes[rank]["time"]) if notes else min(error.failures)
-
-
-def _was_ended(failure: ProcessFailure) -> bool:
-    """Tell whether it was the launcher that ended this rank, for another's sake."""
-    return -failure.exitcode in (signal.SIGTERM, signal.SIGINT)
-
-
-def _error_files(run: RunFolder) -> list[tuple[int, Path]]:
-    files = run.ranks.glob("rank*.error.json")
-    return [(int(file.name.removeprefix("rank").removesuffix(".error.json")), file) for file in files]
+def _how_ended(error: ChildFailedError) -> dict[int, str]:
+    """Say how ranks ended, those apart that the launcher itself ended for another's sake."""
+    how = {
+        rank: f"signal {failure.signal_name()}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
+        for rank, failure in error.failures.items()
+    }
+    themselves = [rank for rank in how if -error.failures[rank].exitcode not in (signal.SIGTERM, signal.SIGINT)]
+    return {rank: f"{how[rank]} (process {error.failures[rank].pid})" for rank in themselves or how}

@@ -60,8 +60,9 @@ def _unknown_key(path: str, conf: Path) -> str:
     if f"{path}.".startswith("norm.layers."):
         return f"{path} cannot be set so. {_LAYERS}"
     parent, _, key = path.rpartition(".")
-    if parent == "trainer.lightning":
-        return f"{path} is passed on to lightning.Trainer: add it with a plus, +{path}=…"
+    if "trainer.lightning" in (path, parent):
+        added = path if parent == "trainer.lightning" else f"{path}.<argument>"
+        return f"{path} is passed on to lightning.Trainer: add each argument with a plus, +{added}=…"
     keys = _known_keys(conf)
     if path in keys and (having := _choices_with(conf / parent, key)):
         return f"{path} is a key of {having} alone. Add {having.split(' or ')[0]}, or leave {path} out."

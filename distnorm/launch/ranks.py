@@ -3,13 +3,16 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Literal
 
 import torch
 
 from distnorm.errors import ConfigError
 from distnorm.settings import TrainerSettings
+
+INTERACTIVE = ("bash", "interactive")
+"""Names of SLURM jobs in which a person types: commands there start runs of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,14 @@ def find(trainer: TrainerSettings, environ: Mapping[str, str] = os.environ) -> R
             "Use sbatch --nodes=… slurm/train.sbatch, or torchrun --nnodes=… on each node.",
         )
     devices = _local_devices(trainer, accelerator)
+    if source == "auto":
+        _check_alone(devices, environ)
     return Ranks(devices, devices, 1, 0, 0, "distnorm" if devices > 1 else "nobody", accelerator)
+
+
+def is_task(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether torchrun or srun have started this process, with others or alone."""
+    return "TORCHELASTIC_RUN_ID" in environ or "SLURM_STEP_ID" in environ
 
 
 def _accelerator(trainer: TrainerSettings) -> Literal["cpu", "gpu"]:
@@ -92,9 +102,58 @@ def _local_devices(trainer: TrainerSettings, accelerator: str) -> int:
     return devices
 
 
+def meeting_place(environ: MutableMapping[str, str]) -> tuple[str, int]:
+    """Find the address and the port where the ranks meet, and write them down for Lightning to find the same.
+
+    Args:
+        environ: MASTER_ADDR and MASTER_PORT count where they are set. srun leaves them open: the first node of its list
+            is taken, and a port that follows from job and step.
+
+    Raises:
+        ConfigError: MASTER_PORT is no port.
+    """
+    nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST", "localhost"))
+    job, step = (int(environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    address = environ.setdefault("MASTER_ADDR", first_host(nodes))
+    port = environ.setdefault("MASTER_PORT", str(15000 + (job + 31 * step) % 10000))
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError(
+            f"MASTER_PORT={port!r} is no port: it must be a whole number from 1 to 65535. "
+            "Use e.g. export MASTER_PORT=29500"
+        )
+    return address, int(port)
+
+
+def first_host(nodes: str) -> str:
+    """Name the first of a list as SLURM writes it: `n[5-9,12],m1` begins with `n5`."""
+    first = re.split(r",(?![^\[]*\])", nodes)[0]
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", first)
+
+
 def _in_srun_step(environ: Mapping[str, str]) -> bool:
-    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    return "SLURM_STEP_ID" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1 and not interactive
+    """Tell whether srun has started this process as one of several; a shell that it gave a person is none of them."""
+    tasks = int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", 1)))
+    return "SLURM_STEP_ID" in environ and tasks > 1 and "SLURM_PTY_PORT" not in environ
+
+
+def _check_alone(devices: int, environ: Mapping[str, str]) -> None:
+    """Refuse to start ranks inside a SLURM job whose tasks were meant to be them; a person's shell is free to."""
+    if environ.get("SLURM_JOB_NAME") in INTERACTIVE or "SLURM_PTY_PORT" in environ:
+        return
+    if "SLURM_STEP_ID" in environ and devices > 1:
+        raise ConfigError(
+            f"trainer.devices={devices}, and srun started 1 task: each rank is a task of its own.\n"
+            f"Start with: srun --ntasks-per-node={devices} python train.py … "
+            f"(or trainer.ranks_from=local: {devices} ranks inside this task)",
+        )
+    tasks, nodes = environ.get("SLURM_NTASKS", "1"), environ.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" in environ and "SLURM_STEP_ID" not in environ and (tasks, nodes) != ("1", "1"):
+        what = f"{tasks} tasks" if tasks != "1" else f"{nodes} nodes"
+        raise ConfigError(
+            f"SLURM job {environ['SLURM_JOB_ID']} has {what}, and python was started without srun: once, not on all.\n"
+            "Start with: srun python train.py trainer=slurm …   or submit: sbatch slurm/train.sbatch "
+            "(or trainer.ranks_from=local: on this node alone)",
+        )
 
 
 def _from_slurm(trainer: TrainerSettings, accelerator: Literal["cpu", "gpu"], environ: Mapping[str, str]) -> Ranks:

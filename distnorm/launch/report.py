@@ -1,16 +1,19 @@
 """What a run says of itself, on the console and in its folder: what was chosen and why, and the result."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 from distnorm.conversion import Conversion
 from distnorm.drift.monitor import DriftMonitor, WorstDrift
-from distnorm.launch import console
+from distnorm.launch import console, resumption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder, code_hash, versions, write_json, write_whole
 from distnorm.settings import Settings
 from distnorm.spec import NormSpec
+
+_log = logging.getLogger(__name__)
 
 
 def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conversion: Conversion) -> None:
@@ -32,10 +35,7 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
         print(f"data      {data.describe(ranks.world_size)}")
     print("norm      " + str(conversion.spec).replace("\n", "\n          "))
     if settings.ckpt_path is not None:
-        print(f"resumed   from {settings.ckpt_path}")
-        print(
-            "          the optimizer's state is the checkpoint's: its learning rate and decay, not optimizer.*, apply"
-        )
+        print("resumed   " + "\n          ".join(resumption.in_words(settings, conversion.spec)))
     print(flush=True)
     write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
 
@@ -95,7 +95,10 @@ def finish(
     }
     if not ranks.is_first:
         return result
-    write_json(run.result, result)
+    try:
+        write_json(run.result, result)
+    except OSError as error:
+        _log.warning("%s could not be written: %s. What follows is all there is of it.", run.result, error)
     console.table(
         f"Result on the test set, {tested.stem} checkpoint",
         [

@@ -15,7 +15,7 @@ from typing import Any
 import distnorm
 from distnorm import collectives
 from distnorm.errors import ConfigError
-from distnorm.launch.ranks import Ranks
+from distnorm.launch.ranks import INTERACTIVE, Ranks
 from distnorm.settings import Settings, from_yaml
 
 RUN_DIR = "DISTNORM_RUN_DIR"
@@ -27,7 +27,7 @@ class RunFolder:
     """Where a run keeps what it leaves.
 
     ```
-    config.yaml  decision.txt  checkpoints/{best,last}.ckpt  record.jsonl  wandb/  ranks/  result.json
+    config.yaml  decision.txt  checkpoints/{best,last,previous}.ckpt  record.jsonl  wandb/  ranks/  result.json
     ```
     """
 
@@ -75,34 +75,83 @@ class RunFolder:
         return from_yaml((self.path / "config.yaml").read_text())
 
 
-def open_run(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ) -> RunFolder:
-    """Make the run's folder, or find the one the first rank has made.
+def locate(settings: Settings, ranks: Ranks, environ: Mapping[str, str] = os.environ) -> RunFolder:
+    """Say which folder this run has, alike on all ranks, and alike when SLURM or torchrun start it again; make nothing.
 
-    Runs that start in the same second differ in their random ending. A SLURM job's folder is named after its id, so
-    that all its tasks agree without a word; under torchrun the first rank's choice goes through torchrun's own store.
+    A job step of SLURM gives its numbers: `slurm-<job>[_<array task>]-<step>`, under torchrun too where its `--rdzv-id`
+    is the job's. A run that a batch script starts without srun is told from others of the job by its settings. Anywhere
+    else the name is the time and a random ending; under torchrun it is the first rank's, through torchrun's own store.
+
+    Args:
+        settings: as they were composed.
+        ranks: who takes part.
+        environ: where srun, sbatch and torchrun leave their marks.
+
+    Collective: under torchrun, rank 0 writes into its store and all read; no training collective.
     """
+    runs = Path(settings.runs_dir).resolve()
+    in_step = ranks.started_by == "slurm" or (
+        ranks.started_by == "torchrun" and environ.get("TORCHELASTIC_RUN_ID") == environ.get("SLURM_JOB_ID")
+    )
+    if in_step:
+        return RunFolder(runs / f"{job_name(environ)}-{environ.get('SLURM_STEP_ID', '0')}")
     name = f"{dt.datetime.now():%Y-%m-%d_%H-%M-%S}_{secrets.token_hex(3)}"
-    if ranks.started_by == "slurm":
-        array = f"_{environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in environ else ""
-        job = environ.get("SLURM_ARRAY_JOB_ID", environ["SLURM_JOB_ID"])
-        restarts = f"-r{environ['SLURM_RESTART_COUNT']}" if environ.get("SLURM_RESTART_COUNT", "0") != "0" else ""
-        name = f"slurm-{job}{array}-{environ.get('SLURM_STEP_ID', '0')}{restarts}"
-    elif ranks.started_by == "torchrun" and ranks.world_size > 1:
+    if "SLURM_JOB_ID" in environ and environ.get("SLURM_JOB_NAME") not in INTERACTIVE:
+        of_job = f"{job_name(environ)}-{hashlib.sha256(settings.to_yaml().encode()).hexdigest()[:6]}"
+        taken = _restarts(environ) == 0 and (runs / of_job).exists()
+        name = name if taken else of_job  # the same run once more is another run
+    if ranks.started_by == "torchrun":
+        key = f"distnorm/run/{environ['TORCHELASTIC_RUN_ID']}"  # the store outlives a restart
         address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-        key = f"distnorm/run/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"  # the store outlives a restart
         name = collectives.agreed_through_launcher(name, key=key, rank=ranks.rank, address=address, port=port)
-    run = RunFolder((Path(settings.runs_dir) / name).resolve())
+    return RunFolder(runs / name)
+
+
+def job_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Name what all runs of a SLURM job, or of one task of an array, begin with."""
+    array = f"_{environ['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in environ else ""
+    return f"slurm-{environ.get('SLURM_ARRAY_JOB_ID', environ['SLURM_JOB_ID'])}{array}"
+
+
+def has_restarted(run: RunFolder, environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether a requeued SLURM job, or ranks that torchrun starts again, go on in this folder."""
+    return _restarts(environ) > 0 and (run.path / "config.yaml").is_file()
+
+
+def _restarts(environ: Mapping[str, str]) -> int:
+    return sum(int(environ.get(count, "0")) for count in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def open_run(settings: Settings, ranks: Ranks, run: RunFolder, *, again: bool = False) -> None:
+    """Make the run's folder, or enter the one that the first rank has made.
+
+    Args:
+        settings: what the first rank writes down.
+        ranks: who takes part.
+        run: the folder, from `locate`.
+        again: go on in a folder that may exist.
+
+    Raises:
+        ConfigError: the folder cannot be written, or is another run's: a cluster that was set up anew counts its jobs
+            from 1.
+    """
+    if ranks.is_first and not again and (run.path / "config.yaml").exists():
+        raise ConfigError(
+            f"{str(run.path)!r} is the folder of another run already, and runs never share one. "
+            "Move it away, or give another place, e.g. runs_dir=runs2."
+        )
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        run.error_of(0).parent.mkdir(exist_ok=True)
+        run.ranks.mkdir(exist_ok=True)
+        run.error_of(ranks.rank).unlink(missing_ok=True)
         if ranks.is_first:
+            run.stop.unlink(missing_ok=True)
             run.write_settings(settings)
     except OSError as error:
         raise ConfigError(
             f"runs_dir={settings.runs_dir!r} takes no run folder: {error.strerror}. "
             "Give a folder that every rank can write, e.g. runs_dir=/scratch/me/runs.",
         ) from None
-    return run
 
 
 def write_whole(path: Path, text: str) -> None:

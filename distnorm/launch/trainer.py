@@ -2,17 +2,14 @@
 
 import datetime as dt
 import inspect
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
-    SLURMEnvironment,
     TorchElasticEnvironment,
 )
 from lightning.pytorch.callbacks import Callback
@@ -21,7 +18,10 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
-from distnorm.launch.checkpoints import AtomicCheckpointIO, checkpoint_callbacks
+from distnorm.launch.checkpoint_files import AtomicCheckpointIO
+from distnorm.launch.checkpoints import LastCheckpoint, checkpoint_callbacks
+from distnorm.launch.environment import FoundRanks
+from distnorm.launch.preemption import Preemption
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
 from distnorm.search import rungs
@@ -36,7 +36,7 @@ def make_trainer(
     callbacks: list[Callback],
     resumed_from: str | None,
 ) -> pl.Trainer:
-    """Make the trainer: DDP over the ranks that exist, without any broadcast of buffers, and two checkpoints.
+    """Make the trainer: DDP over the ranks that exist, no broadcast of buffers, two checkpoints, an end when told.
 
     Args:
         settings: the group `trainer`.
@@ -49,6 +49,15 @@ def make_trainer(
     """
     console.quiet_libraries()  # Lightning sets its own level when it is imported
     set_threads(settings, ranks)
+    checkpoints = checkpoint_callbacks(run, resumed_from)
+    last = next(callback for callback in checkpoints if isinstance(callback, LastCheckpoint))
+    told = Preemption(
+        run,
+        last.save,
+        every_s=settings.checkpoint_every_s,
+        time_limit_s=settings.time_limit_s,
+        requeue=settings.requeue,
+    )
     ours: dict[str, Any] = {
         "accelerator": ranks.accelerator,
         "devices": ranks.per_node,
@@ -62,7 +71,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoint_callbacks(run, resumed_from)],
+        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoints, told],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),
@@ -106,21 +115,6 @@ _OURS = (
 )
 
 
-def seed_weights(seed: int) -> None:
-    """Seed what must be alike on all ranks: the initial weights."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def seed_rank(seed: int, rank: int) -> None:
-    """Seed what must differ from rank to rank: dropout, and whatever else a model draws in training."""
-    stream = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0] >> 1)
-    random.seed(stream)
-    np.random.seed(stream % 2**32)
-    torch.manual_seed(stream)
-
-
 def set_threads(settings: TrainerSettings, ranks: Ranks) -> None:
     """Set the CPU threads of this rank: another number gives other bits, and ranks that share cores slow down."""
     if settings.threads_per_rank is not None:
@@ -142,5 +136,5 @@ def make_ddp(timeout_s: float) -> DDPStrategy:
 
 def _environment(ranks: Ranks) -> ClusterEnvironment:
     if ranks.started_by == "slurm":
-        return SLURMEnvironment(auto_requeue=False)
+        return FoundRanks(ranks)
     return TorchElasticEnvironment() if ranks.started_by == "torchrun" else LightningEnvironment()

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distnorm.figures import COLOURS, drawn
 from distnorm.search.design import Design
 from distnorm.search.folder import Outcome
 from distnorm.search.scales import Dimension
-from distnorm.study.figure import COLOURS, STYLE
 
 _COLUMNS = 4
 _TICKS = 5
@@ -24,32 +24,19 @@ def draw(outcomes: Sequence[Outcome], design: Design, folder: Path) -> list[Path
     Returns:
         The files.
     """
-    import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
     dimensions = [dimension for tier in design.ladder for dimension in tier]
     good = [outcome for outcome in outcomes if outcome.value is not None]
-    rows = -(-(len(dimensions) + 1) // _COLUMNS)
-    columns = min(_COLUMNS, len(dimensions) + 1)
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3 * rows), squeeze=False)
-        places = list(axes.flat)
-        draw_best_so_far(places[0], good, design.mode, COLOURS[0])
-        for place, dimension in zip(places[1:], dimensions, strict=False):
+    panels = len(dimensions) + 1
+    rows, columns = -(-panels // _COLUMNS), min(_COLUMNS, panels)
+    with drawn(folder, panels, 3.4 * columns, 3 * rows, columns) as (figure, axes):
+        draw_best_so_far(axes[0], good, design.mode, COLOURS[0])
+        for place, dimension in zip(axes[1:], dimensions, strict=True):
             _draw_key(place, good, dimension)
-        for place in places[len(dimensions) + 1 :]:
-            place.set_visible(False)
-        for place in axes[:, 0]:
+        for place in axes[::columns]:
             place.set_ylabel(design.metric)
         figure.suptitle(f"{design.kind.replace('_', ' ')}, {len(outcomes)} trials; darker: later", fontsize=10)
         figure.tight_layout()
-        files = [folder / "figure.svg", folder / "figure.png"]
-        figure.savefig(files[0], metadata={"Date": None})
-        figure.savefig(files[1], dpi=96)
-        plt.close(figure)
-    return files
+    return [folder / "figure.svg", folder / "figure.png"]
 
 
 def best_so_far(values: Sequence[float], mode: str) -> list[float]:

@@ -4,25 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distnorm.figures import COLOURS, MARKERS, drawn
 from distnorm.study.design import Design, Panel
 from distnorm.study.table import Table
-
-# Okabe & Ito's colours, that colour-blind readers tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = "osD^vPX"
-STYLE: Any = {
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.axisbelow": True,
-    "grid.color": "#dddddd",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.hashsalt": "distnorm",
-}
 
 
 def draw(design: Design, table: Table, folder: Path) -> list[Path]:
@@ -36,15 +20,9 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
-    import matplotlib as mpl  # noqa: PLC0415 — a second to import, at the very end
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
     panels = design.figure.panels
-    with mpl.rc_context(STYLE):
-        figure, axes = plt.subplots(1, len(panels), figsize=(max(7.4, 1 + 4.4 * len(panels)), 4.2), squeeze=False)
-        for panel, one in zip(panels, axes[0], strict=True):
+    with drawn(folder, len(panels), max(7.4, 1 + 4.4 * len(panels)), 4.2) as (figure, axes):
+        for panel, one in zip(panels, axes, strict=True):
             if panel.bars:
                 _bars(one, panel, design, table)
             else:
@@ -53,14 +31,10 @@ def draw(design: Design, table: Table, folder: Path) -> list[Path]:
             one.set_xlabel(design.figure.x)
             if panel.log:
                 one.set_yscale("log")
-        rows = _legend(figure, axes[0], columns=3 if len(panels) == 1 else 5)
+        rows = _legend(figure, axes, columns=3 if len(panels) == 1 else 5)
         figure.suptitle(design.figure.title, fontsize=10)
         figure.tight_layout(rect=(0, 0.02 + 0.055 * rows, 1, 1))
-        files = [folder / "figure.svg", folder / "figure.png"]
-        figure.savefig(files[0], metadata={"Date": None})
-        figure.savefig(files[1], dpi=96)
-        plt.close(figure)
-    return files
+    return [folder / "figure.svg", folder / "figure.png"]
 
 
 def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
@@ -68,7 +42,7 @@ def _curves(axes: Any, panel: Panel, design: Design, table: Table) -> None:
     column = str(panel.column)
     series = design.figure.series or list(dict.fromkeys(map(design.series, design.rows)))
     for index, name in enumerate(series):
-        colour, marker = COLOURS[index % 7], _MARKERS[index % 7]
+        colour, marker = COLOURS[index % 7], MARKERS[index % 7]
         rows = [row for row in design.rows if design.series(row) == name and table.of(row, column).runs]
         placed = sorted((float(design.rows[row].at or 0), row) for row in rows if design.rows[row].at is not None)
         if placed:

@@ -4,7 +4,7 @@ Legend: N samples of this rank.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -87,6 +87,18 @@ class Classification(pl.LightningModule):
         """Begin to count the batches of a pass through the data."""
         self._batches_done = 0
 
+    def rank_state(self) -> dict[str, Any]:
+        """Give what `distnorm.resume` saves of each rank: the loss since it was last logged."""
+        return {"since_log": None if self._since_log is None else self._since_log.cpu(), "logged_at": self._logged_at}
+
+    def load_rank_states(self, states: Sequence[dict[str, Any]], own: Sequence[int]) -> None:
+        """Go on from what `rank_state` gave on this rank, or on those that it goes on for."""
+        self._logged_at = states[0]["logged_at"]
+        if states[0]["since_log"] is not None:
+            seen = torch.zeros(2, dtype=torch.float64, device=self.device)
+            self._since_log = sum((states[rank]["since_log"].to(self.device) for rank in own), seen)
+            self._log_training()  # a checkpoint at the end of a batch is saved before the batch is logged
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return this rank's share of the global mean loss."""
         inputs, targets = batch
@@ -103,6 +115,9 @@ class Classification(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean loss over all ranks since the last time."""
         self._batches_done += 1
+        self._log_training()
+
+    def _log_training(self) -> None:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step % every or step == self._logged_at or self._since_log is None:
             return
