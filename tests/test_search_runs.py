@@ -4,6 +4,7 @@ import csv
 
 import optuna
 import pytest
+from hydra import compose, initialize_config_dir
 
 from distnorm.drift import record
 from distnorm.errors import ConfigError
@@ -139,8 +140,9 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, changes, val
 @pytest.mark.unit
 def test_a_search_starts_its_own_ranks_and_is_not_swept(monkeypatch):
     checked = runs.composed("search=random")
-    text = refusal(lambda: entry._start(None, checked, sweeping=True))
-    assert "this command is a search of many already. Leave out -m" in text
+    with initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
+        text = refusal(entry._sweep, None, [(compose("train", ["search=random"]), ["search=random"])])
+    assert "a study or a search of many already. Leave out -m" in text
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
