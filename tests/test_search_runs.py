@@ -4,6 +4,7 @@ import csv
 
 import optuna
 import pytest
+from hydra import compose, initialize_config_dir
 
 from distnorm.drift import record
 from distnorm.errors import ConfigError
@@ -47,6 +48,23 @@ def test_a_trial_that_is_worse_than_others_stops_at_the_first_rung(tmp_path, wor
     assert trial.state == (optuna.trial.TrialState.PRUNED if epochs == 1 else optuna.trial.TrialState.COMPLETE)
     assert len(trial.intermediate_values) == epochs
     assert (trial.params, trial.user_attrs["model.widths"]) == ({"optimizer.lr": 0.1}, [8, 8, 8])
+
+
+@pytest.mark.unit
+def test_a_trial_that_was_cut_short_stays_the_same_to_the_journal_and_stays_stopped(tmp_path):
+    run, journal = RunFolder(tmp_path / "0000"), tmp_path / "journal.log"
+    told(journal, [1e-3, 2e-3])
+    run.path.mkdir()
+    rungs.begin(run, journal, {"optimizer.lr": 0.1}, RULES)
+    result, _ = runs.in_pool(run.path, 1, *EPOCHS, "model.widths=[8,8,8]")
+    rungs.begin(run, journal, {"optimizer.lr": 0.1}, RULES)  # as after a kill between the stop and the test
+    assert len(rungs._study(journal, RULES).trials) == 3
+    before = run.path.rename(tmp_path / "before")
+    run.path.mkdir()
+    (run.path / "rungs.json").write_text((before / "rungs.json").read_text())
+    again, _ = runs.in_pool(run.path, 1, *EPOCHS, "model.widths=[8,8,8]", f"ckpt_path={before}/checkpoints/last.ckpt")
+    assert not [row for row in record.read(run.record) if "val/loss" in row]  # no step is made, nothing is told
+    assert again["metrics"] == result["metrics"]
 
 
 def fading(settings, ranks, run):
@@ -122,8 +140,9 @@ def test_what_cannot_work_is_refused_before_anything_runs(tmp_path, changes, val
 @pytest.mark.unit
 def test_a_search_starts_its_own_ranks_and_is_not_swept(monkeypatch):
     checked = runs.composed("search=random")
-    text = refusal(lambda: entry._start(None, checked, sweeping=True))
-    assert "this command is a search of many already. Leave out -m" in text
+    with initialize_config_dir(str(runs.ROOT / "conf"), version_base="1.3"):
+        text = refusal(entry._sweep, None, [(compose("train", ["search=random"]), ["search=random"])])
+    assert "a study or a search of many already. Leave out -m" in text
     for key, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0}.items():
         monkeypatch.setenv(key, str(value))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

@@ -155,6 +155,24 @@ def test_a_claim_of_another_machine_is_dead_when_it_has_not_moved(tmp_path):
     assert claims.take(tmp_path).attempt == 1
 
 
+class Slow(searches.Here):
+    """Says that nothing has ended, until the claim has moved."""
+
+    def ended(self, timeout_s=None):
+        file = self._done[0][0].claim.file
+        if not hasattr(self, "at"):
+            self.at = 0
+            os.utime(file, (0, 0))
+            return []
+        assert file.stat().st_mtime > 0
+        return super().ended()
+
+
+def test_the_claim_of_a_trial_that_runs_moves(tmp_path, monkeypatch):
+    monkeypatch.setattr(searches, "Here", Slow)
+    assert len(searches.conduct(tmp_path, asked(trials=1)).outcomes()) == 1
+
+
 def test_a_claim_of_a_job_that_slurm_does_not_know_is_dead(tmp_path, monkeypatch):
     squeue = tmp_path / "squeue"  # stands for SLURM's: job 7 runs, all others are unknown
     squeue.write_text(

@@ -1,7 +1,6 @@
 """Conduct a search, or take part in one: claim trials, run them, keep what comes of them, until all are done."""
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ import torch
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import overrides
 from distnorm.launch.compose import completed
-from distnorm.launch.endings import REQUEUE, STOPPED, RunInterruptedError
+from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RunFolder, write_whole
 from distnorm.search import design, figure, results, rungs
 from distnorm.search.claims import Claim, Claims
@@ -68,8 +67,8 @@ def conduct(train: Train, base: Settings, compose: Compose, command: Sequence[st
         with conductor.told_by(signal.SIGTERM, signal.SIGUSR1):
             conductor.run()
     except RunInterruptedError as error:
-        wants_requeue = base.trainer.requeue and "SLURM_JOB_ID" in os.environ
-        raise RunInterruptedError(str(error), REQUEUE if wants_requeue else STOPPED) from None
+        wants_requeue = base.trainer.requeue and conductor.is_told
+        raise RunInterruptedError(str(error), wants_requeue=wants_requeue) from None
     finally:
         workers.stop()
     return _conclude(asked, folder, [change for change in changes if not overrides.is_of("search", change)])
@@ -86,6 +85,9 @@ class Conductor:
         workers: run the trials.
         train: trains one run.
         script: what the ranks of a trial execute.
+
+    Attributes:
+        is_told: whether a signal, or the end of a job, has told it to stop.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Conductor:
         self._claims = Claims(asked.stale_s)
         self._running: dict[int, Claim] = {}
         self._stopped: dict[int, str] = {}
-        self._is_told = False
+        self.is_told = False
         self._started = time.monotonic()
 
     @contextlib.contextmanager
@@ -117,7 +119,7 @@ class Conductor:
                 signal.signal(number, handler)
 
     def _tell(self, *_: Any) -> None:
-        self._is_told = True
+        self.is_told = True
         for number in self._running:
             self._folder.run(number).stop.touch()
 
@@ -130,7 +132,7 @@ class Conductor:
         for of in self._plan.rounds:
             trials = self._plan.trials(of, results_of(self._folder.outcomes(), self._asked))
             while missing := self._missing(of):
-                if not self._running and (self._is_told or set(missing) <= self._stopped.keys()):
+                if not self._running and (self.is_told or set(missing) <= self._stopped.keys()):
                     self._interrupt()
                 self._start([trials[n - of.numbers.start] for n in missing])
                 self._collect()
@@ -152,7 +154,7 @@ class Conductor:
     def _start(self, trials: list[Trial]) -> None:
         """Start as many trials as workers are free, of those that nobody has."""
         for trial in trials:
-            if not self._workers.free or self._is_told:
+            if not self._workers.free or self.is_told:
                 return
             if trial.number in self._running or trial.number in self._stopped:
                 continue
@@ -192,7 +194,8 @@ class Conductor:
             claim = self._running.pop(task.trial.number)
             if isinstance(result, Stopped):
                 self._stopped[task.trial.number] = result.message
-            elif isinstance(result, CellError) and self._is_told:  # the signal may have ended its process too
+                self.is_told |= result.wants_requeue
+            elif isinstance(result, CellError) and self.is_told:  # the signal may have ended its process too
                 self._stopped[task.trial.number] = str(result)
             elif isinstance(result, CellError):
                 self._keep(failed(task.trial, claim, str(result)), claim)

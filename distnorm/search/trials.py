@@ -46,9 +46,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Stopped:
-    """A trial was told to stop, and has saved."""
+    """A trial was told to stop, and has saved; by a job that ends, and should be requeued, or by its file."""
 
     message: str
+    wants_requeue: bool = False
 
 
 def run_trial(task: Task) -> Outcome | Stopped:
@@ -61,7 +62,7 @@ def run_trial(task: Task) -> Outcome | Stopped:
         else:
             train_on_ranks(task.script, task.run, num_ranks)
     except RunInterruptedError as error:
-        return Stopped(str(error))
+        return Stopped(str(error), error.wants_requeue)
     value = read_value(task.run, task.asked)
     pruned = task.asked.kind == "asha" and rungs.end(task.run, value)
     result = json.loads(task.run.result.read_text()) if task.run.result.exists() else {}
