@@ -1,8 +1,9 @@
 """Callbacks for any Lightning Trainer: evaluation with the statistics that were decided, apart from the training's."""
 
+import contextlib
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
@@ -41,6 +42,8 @@ class EvaluationStatistics(Callback):
     Each rank's own travel beside them, and are put back when training resumes on as many ranks; on another number every
     rank starts from the saved ones. A model without batch norms has no statistics, and nothing is done.
 
+    A checkpoint that is there to go on from, and must be quick, is saved within `quick_saves()`.
+
     With `spec.frozen_last` = p, in the last p of the optimizer's steps the same statistics become constants on all
     ranks: the batch norms stay in eval mode, their weights and biases go on learning. Training that resumes from there
     goes on frozen.
@@ -74,10 +77,22 @@ class EvaluationStatistics(Callback):
         self._evaluated: Statistics | None = None
         self._own: Statistics | None = None
         self._stored: dict[str, Any] | None = None
-        self._weights_moved = self._frozen = False
+        self._weights_moved = self._frozen = self._quick = False
         self._freeze_at = math.inf
         self._constant = HeldLayers()
         self._loader: Any = None  # the trainer forgets it when training ends
+
+    @contextlib.contextmanager
+    def quick_saves(self) -> Iterator[None]:
+        """Save within with pooled statistics where precise ones would have to be measured; alike on all ranks.
+
+        They are measured when the next evaluation asks for them, after a resume too.
+        """
+        self._quick = True
+        try:
+            yield
+        finally:
+            self._quick = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put this rank's own statistics back on resume: DDP's constructor has just made them rank 0's."""
@@ -91,8 +106,10 @@ class EvaluationStatistics(Callback):
         ranks = stored.get("rank_statistics")
         if ranks is None or self._frozen:  # all ranks share one set: the saved one
             return
+        self._weights_moved = not stored.get("evaluated", True)
         if len(ranks) == collectives.world_size():
-            self._evaluated = own_running_stats(pl_module)  # the saved ones, until a step is made
+            if not self._weights_moved:
+                self._evaluated = own_running_stats(pl_module)  # the saved ones, until a step is made
             swap_in(pl_module, ranks[collectives.rank()])
         elif self._spec.evaluation != "running" or not _alike(ranks):
             _log.warning(
@@ -166,9 +183,10 @@ class EvaluationStatistics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the evaluation statistics into the `state_dict`, each rank's own beside it; called on all ranks."""
-        write_into(checkpoint["state_dict"], pl_module, self._statistics(trainer, pl_module))
-        ranks = self._gather(pl_module)
-        entry = checkpoints.entry(self._spec, ranks, frozen=self._frozen)
+        statistics = self._statistics(trainer, pl_module, quick=self._quick)
+        write_into(checkpoint["state_dict"], pl_module, statistics)
+        ranks, evaluated = self._gather(pl_module), self._evaluated is not None
+        entry = checkpoints.entry(self._spec, ranks, frozen=self._frozen, evaluated=evaluated)
         checkpoint.setdefault(checkpoints.ENTRY, {}).update(entry)
 
     def on_load_checkpoint(
@@ -182,8 +200,11 @@ class EvaluationStatistics(Callback):
     def _forget(self) -> None:
         self._gathered = self._evaluated = None
 
-    def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        """Compute what evaluation normalizes with, once a training step; the same on every rank."""
+    def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, quick: bool = False) -> Statistics:
+        """Compute what evaluation normalizes with, once a training step; pooled, where precise would not be quick.
+
+        The same on every rank.
+        """
         shared, precise = self._is_shared(pl_module), self._is_precise(pl_module) and not self._frozen
         stale, moved = self._evaluated is None, self._weights_moved
         if precise or not shared:  # a rank whose batches have ended made no step, and must come along
@@ -192,6 +213,8 @@ class EvaluationStatistics(Callback):
         if stale or self._evaluated is None:
             self._forget()
             ranks = self._gather(pl_module)
+            if quick and precise and moved:
+                return pooled(ranks)
             self._evaluated = dict(ranks[0]) if shared or self._spec.evaluation == "running" else pooled(ranks)
             if precise and moved:
                 self._evaluated |= self._calibrate(trainer, pl_module)

@@ -1,9 +1,10 @@
 """What a checkpoint holds besides weights, which file is a good one, and how torch alone rebuilds the model from it.
 
 A checkpoint of a run is Lightning's, plus one entry `distnorm`: the decision (`spec`), each rank's own running
-statistics (`rank_statistics`), that training goes on with, and whether they had become constants (`frozen`); and what
-`distnorm.resume` adds: where in the data the training was (`place`), and of each rank what it goes on with (`ranks`).
-Its `state_dict` holds what was evaluated: running, pooled or precise statistics.
+statistics (`rank_statistics`), that training goes on with, whether they had become constants (`frozen`) and whether the
+`state_dict` has those of an evaluation (`evaluated`); and what `distnorm.resume` adds: where in the data the training
+was (`place`), and of each rank what it goes on with (`ranks`). The `state_dict` holds running, pooled or precise
+statistics.
 
 A run keeps two, `last.ckpt` and the one before it, `previous.ckpt`: a disk may damage the newest.
 """
@@ -27,9 +28,16 @@ _log = logging.getLogger(__name__)
 _PREFIX = "model."
 
 
-def entry(spec: NormSpec, rank_statistics: list[Statistics], *, frozen: bool = False) -> dict[str, Any]:
+def entry(
+    spec: NormSpec, rank_statistics: list[Statistics], *, frozen: bool = False, evaluated: bool = True
+) -> dict[str, Any]:
     """Write the `distnorm` entry: plain dictionaries and tensors, that `torch.load(weights_only=True)` reads."""
-    return {"spec": spec.to_dict(), "rank_statistics": rank_statistics, "frozen": frozen}
+    return {
+        "spec": spec.to_dict(),
+        "rank_statistics": rank_statistics,
+        "frozen": frozen,
+        "evaluated": evaluated,
+    }
 
 
 def find(path: str | Path, *, warn: bool = True) -> Path:

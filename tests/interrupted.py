@@ -15,6 +15,7 @@ from distnorm.launch import checkpoints, resumption
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.ranks import Ranks
 from distnorm.launch.run_dir import RunFolder
+from distnorm.loop_state import is_between_steps
 from distnorm.models import ConvNet
 from tests import ranks, runs
 
@@ -49,7 +50,8 @@ class Stop(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         """Stop here?"""
         batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if self._saved_at is None and batches >= self._step and self._last.save(trainer):
+        if self._saved_at is None and batches >= self._step and is_between_steps(trainer):
+            assert self._last.save_quickly(trainer) is None
             self._saved_at = batches
         if self._saved_at is not None and batches >= self._saved_at + self._dies_after:
             raise RunInterruptedError("stopped by the test")

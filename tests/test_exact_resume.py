@@ -54,6 +54,18 @@ def test_resumed_is_uninterrupted(tmp_path, case):
         assert by_kind(first, then) == by_kind(tmp_path / "whole")
 
 
+def test_a_stop_saves_pooled_statistics_and_measures_precise_ones_later(tmp_path):
+    precise = ["data.device_batch=56", "norm=batch", "norm.evaluation=precise"]
+    interrupted.in_pool(tmp_path, 2, *precise, stop_at=4)
+    stored = interrupted.stored(tmp_path)
+    assert stored["distnorm"]["evaluated"] is False
+    means = [key for key in stored["state_dict"] if key.endswith("running_mean")]
+    assert means
+    for key in means:
+        ranks = [own[key] for own in stored["distnorm"]["rank_statistics"]]
+        torch.testing.assert_close(stored["state_dict"][key], torch.stack(ranks).mean(0))
+
+
 @pytest.mark.parametrize("stop", [LAST_OF_AN_EPOCH, 10, 12])  # the drift of even steps is measured: one is under way
 def test_a_requeue_repeats_and_loses_no_row_of_the_record(tmp_path, stop):
     overrides = ["data.device_batch=112", "norm=batch", "drift.interval=2"]

@@ -3,6 +3,7 @@
 `best.ckpt` has the lowest validation loss (accuracy ties, and would keep the earliest), `last.ckpt` the end.
 """
 
+import contextlib
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from distnorm import checkpoint, collectives
+from distnorm.callbacks import EvaluationStatistics
 from distnorm.errors import ConfigError
 from distnorm.launch.run_dir import RunFolder
 from distnorm.loop_state import is_between_steps
@@ -54,6 +56,19 @@ class LastCheckpoint(Callback):
             self.failure = collectives.agree(_failure_of(trainer), "the news of a save")[0]
             self._saved_at = place if self.failure is None else (-1, -1)
         return True
+
+    def save_quickly(self, trainer: pl.Trainer) -> str | None:
+        """Save to go on from, without measuring what only an evaluation needs; otherwise as `save`.
+
+        Returns:
+            Why it failed, alike on all ranks; `None` where it did not.
+        """
+        with contextlib.ExitStack() as quick:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning adds it late
+                if isinstance(callback, EvaluationStatistics):
+                    quick.enter_context(callback.quick_saves())
+            self.save(trainer)
+        return self.failure
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save, where steps were made since the last time; alike on every rank."""

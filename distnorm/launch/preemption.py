@@ -51,7 +51,7 @@ class Preemption(Callback):
 
     Args:
         run: its folder; the file `stop` in it is removed once obeyed.
-        save: saves the last checkpoint; called on all ranks.
+        save: saves the last checkpoint, and says why it could not; called on all ranks.
         every_s: seconds between checkpoints, by rank 0's clock.
         time_limit_s: seconds from now until the run stops; `None`: no limit. A SLURM job stops a minute before its end.
         requeue: whether a SLURM job asks to be requeued, unless stopped by the file.
@@ -68,7 +68,7 @@ class Preemption(Callback):
     def __init__(
         self,
         run: RunFolder,
-        save: Callable[[pl.Trainer], object],
+        save: Callable[[pl.Trainer], str | None],
         *,
         every_s: float,
         time_limit_s: float | None = None,
@@ -123,9 +123,9 @@ class Preemption(Callback):
         if (reason or save) and trainer.global_step != self._step:
             if reason:
                 _finish_batch(trainer, pl_module, outputs, batch, batch_idx)
-            self._save(trainer)
+            failure = self._save(trainer)
             if reason:
-                self._stop(trainer, reason)
+                self._stop(trainer, reason, failure)
             self._outcome = (Reason.NONE, False)
             self._saved = self._batch_ended = time.monotonic()
         self._step = trainer.global_step
@@ -171,12 +171,15 @@ class Preemption(Callback):
         told, is_due = self._vote.wait(timeout_s).tolist()
         self._outcome = (max(self._outcome[0], Reason(told)), self._outcome[1] or bool(is_due))
 
-    def _stop(self, trainer: pl.Trainer, reason: Reason) -> NoReturn:
+    def _stop(self, trainer: pl.Trainer, reason: Reason, failure: str | None = None) -> NoReturn:
         if trainer.is_global_zero:
             self._run.stop.unlink(missing_ok=True)
         how = {Reason.TIME_LIMIT: "its time limit", Reason.FILE: f"the file {self._run.stop}"}.get(reason, reason.name)
+        saved = f"saved in {self._run.checkpoints / 'last.ckpt'}"
+        if failure is not None:
+            saved = f"could not save ({failure}): the checkpoint before it stays"
         raise RunInterruptedError(
-            f"Stopped by {how} after step {trainer.global_step}, and saved in {self._run.checkpoints / 'last.ckpt'}.\n"
+            f"Stopped by {how} after step {trainer.global_step}, and {saved}.\n"
             f"Go on with the same command and ckpt_path={self._run.path}",
             wants_requeue=self._requeue and reason != Reason.FILE,
         )

@@ -53,7 +53,7 @@ def make_trainer(
     last = next(callback for callback in checkpoints if isinstance(callback, LastCheckpoint))
     told = Preemption(
         run,
-        last.save,
+        last.save_quickly,
         every_s=settings.checkpoint_every_s,
         time_limit_s=settings.time_limit_s,
         requeue=settings.requeue,
