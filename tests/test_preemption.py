@@ -2,10 +2,13 @@
 
 import random
 import re
+import types
 
 import pytest
 import torch
 
+from distnorm.launch.endings import RunInterruptedError
+from distnorm.launch.preemption import Preemption, Reason
 from distnorm.launch.run_dir import RunFolder
 from tests import preempted, ranks, runs
 
@@ -141,3 +144,13 @@ def test_a_peer_that_stalls_is_named_and_the_old_checkpoint_stays(tmp_path):
         told(run, 2, what, *late, "trainer.checkpoint_every_s=1e-9", at=35, rank=-1, patience_s=1.0)
     assert "GroupError: rank 1 never came to the vote on whether to stop; rank 0 did." in str(caught.value)
     assert saved_step(RunFolder(run)) == 1
+
+
+def test_a_stop_whose_save_failed_says_that_the_checkpoint_before_it_stays(tmp_path):
+    callback = Preemption(RunFolder(tmp_path), lambda _: None, every_s=60)
+    trainer = types.SimpleNamespace(is_global_zero=True, global_step=7)
+    with pytest.raises(RunInterruptedError) as raised:
+        callback._stop(trainer, Reason.SIGTERM, "No space left on device")
+    said = str(raised.value)
+    assert "SIGTERM after step 7, and could not save (No space left on device): the checkpoint before it stays" in said
+    assert f"ckpt_path={tmp_path}" in said
