@@ -1,6 +1,7 @@
 """How figures of runs look: colours for colour-blind readers too, quiet axes; loads matplotlib when drawing."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def drawn(
         for unused in list(axes.flat)[panels:]:
             unused.set_visible(False)
         yield figure, list(axes.flat)[:panels]
-        figure.savefig(folder / "figure.svg", metadata={"Date": None})
-        figure.savefig(folder / "figure.png", dpi=96)
+        formats: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}, "png": {"dpi": 96}}
+        for kind, options in formats.items():
+            partial = folder / f".figure.{os.getpid()}.{kind}"  # several processes may draw the same sweep
+            figure.savefig(partial, **options)
+            partial.replace(folder / f"figure.{kind}")
         plt.close(figure)

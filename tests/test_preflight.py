@@ -193,7 +193,13 @@ def answer(host="n1", *, problems=None, code="aa", torch="2.13", device="", **se
     place = {"hash": code, "place": f"/{code}"}
     versions = {"python": "3.11", "torch": torch}
     return comparison.Answer(
-        host=host, problems=problems or {}, code=place, versions=versions, device=device, settings=settings
+        host=host,
+        problems=problems or {},
+        code=place,
+        versions=versions,
+        accelerator="gpu" if device else "cpu",
+        device=device,
+        settings=settings,
     )
 
 
@@ -208,6 +214,7 @@ COMPARED = [
         "versions",
         ["versions of torch: 2.13 (rank 0 on n1), 2.12 (rank 1 on n2)"],
     ),
+    ([answer(device="GPU x"), answer("n2")], "devices", ["rank 1 on n2: torch finds no GPU there", "--exclude"]),
     ([answer(device="GPU x"), answer(device="GPU x")], "devices", ["ranks 0, 1 share GPU x on n1", "--gpus-per-node"]),
     ([answer(a=1), answer(a=2, b=3)], "settings", ["a=1 on rank 0, a=2 on rank 1; b=… on rank 0, b=3 on rank 1"]),
     ([answer(a=1, b=1, c=1, d=1), answer(a=2, b=2, c=2, d=2)], "settings", ["b=1 on rank 0", "and 2 more keys"]),

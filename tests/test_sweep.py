@@ -1,8 +1,12 @@
 """Sweeps: which jobs there are and where, what a failure and a repetition do, arrays, the results."""
 
+import concurrent.futures
 import csv
+import errno
+import fcntl
 import json
 import multiprocessing
+import threading
 import time
 
 import pytest
@@ -63,8 +67,9 @@ def test_jobs_are_named_by_what_differs_and_keep_their_order(jobs, tmp_path):
 def test_the_same_sweep_finds_its_folder_and_another_its_own(composed, jobs, tmp_path):
     again = sweep.plan(composed, tmp_path)
     assert [job.run for job in again] == [job.run for job in jobs]
-    other = [(settings.model_copy(update={"seed": 2}), overrides) for settings, overrides in composed]
-    assert sweep.plan(other, tmp_path)[0].run.path.parents[1] != jobs[0].run.path.parents[1]
+    for another in ({"seed": 2}, {"ckpt_path": "runs/one"}):
+        other = [(settings.model_copy(update=another), overrides) for settings, overrides in composed]
+        assert sweep.plan(other, tmp_path)[0].run.path.parents[1] != jobs[0].run.path.parents[1]
     elsewhere = [(settings.model_copy(update={"runs_dir": "/x"}), overrides) for settings, overrides in composed]
     assert sweep.plan(elsewhere, tmp_path)[0].run == jobs[0].run
 
@@ -127,11 +132,41 @@ def test_each_task_of_an_array_runs_its_job_and_the_last_sees_all_results(jobs):
     assert [row["state"] for row in rows] == ["done"] * 6
 
 
-def test_other_ranks_of_srun_write_nothing_of_the_sweep(jobs):
+TASK_0 = {"SLURM_ARRAY_TASK_ID": "0"}
+
+
+def test_the_ranks_of_an_arrays_task_train_one_job_together(jobs):
+    """Whichever begins first, the first rank alone has the lock and the word."""
+    barrier, ran = threading.Barrier(2, timeout=30), []
+
+    def start(settings, run):
+        barrier.wait()  # as ranks meet
+        ran.append(run)
+
+    for _ in range(3):  # the folder is there already, as after a requeue, the second time
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            ranks = [pool.submit(sweep.conduct, jobs, start, TASK_0 | {"SLURM_PROCID": str(rank)}) for rank in (1, 0)]
+            for rank in ranks:
+                rank.result()
+    assert ran == [jobs[0].run] * 6
+
+
+def test_another_rank_does_not_hide_what_ends_it(jobs):
+    with pytest.raises(RuntimeError, match="it broke"):
+        sweep.conduct(jobs, Training(("batch", 2)), TASK_0 | {"SLURM_PROCID": "1"})
+    assert not (jobs[0].run.path.parents[1] / "results.csv").exists()
+
+
+def test_a_disk_without_locks_is_said_and_trained_on(jobs, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     training = Training()
-    folder = sweep.conduct(jobs[:1], lambda *given: training.ran.append(given), {"SLURM_PROCID": "1"})
-    assert len(training.ran) == 1
-    assert not (folder / "results.csv").exists()
+    sweep.conduct(jobs[:2], training, {})
+    assert training.ran == EVERY[:2]
+    assert "No locks available" in caplog.text
+    assert "do not start a sweep twice" in caplog.text
 
 
 def test_an_array_with_too_many_tasks_is_refused_with_its_bounds(jobs):
@@ -140,7 +175,7 @@ def test_an_array_with_too_many_tasks_is_refused_with_its_bounds(jobs):
 
 
 def _hold(job, ready, leave):
-    job.begin()
+    job.run.path.mkdir(parents=True)
     with job.claimed() as is_free:
         ready.put(is_free)
         leave.wait(30)
@@ -158,10 +193,18 @@ def test_a_job_that_runs_elsewhere_is_left_alone_until_that_process_is_gone(jobs
     sweep.conduct(jobs[:2], training, {})
     assert training.ran == EVERY[1:2]
     assert "runs elsewhere" in capsys.readouterr().out
+    with pytest.raises(SweepError, match=r"Job 0, norm=batch,data.device_batch=2, runs in another(.|\n)*cancel it"):
+        sweep.conduct(jobs, training, TASK_0)
     other.kill()
     other.join()
     sweep.conduct(jobs[:2], training, {})
     assert training.ran == [EVERY[1], EVERY[0]]
+
+
+def test_results_of_other_code_are_kept_and_said(jobs, capsys):
+    sweep.conduct(jobs[:2], Training(), {})
+    sweep.conduct(jobs[:2], Training(), {})
+    assert "2 done already (2 by other code: remove their folders to run them again)" in capsys.readouterr().out
 
 
 def test_results_are_sorted_by_validation_loss_and_hold_every_job(jobs, capsys):

@@ -31,7 +31,8 @@ class Answer(TypedDict):
         problems: what it has found wrong by itself: messages by check.
         code: where distnorm's code is, by its hash.
         versions: of python and torch.
-        device: names what it computes on, no other rank's; empty on the CPU.
+        accelerator: what it computes on: cpu or gpu.
+        device: names its GPU, no other rank's; empty on the CPU.
         settings: values by their keys.
     """
 
@@ -39,6 +40,7 @@ class Answer(TypedDict):
     problems: dict[str, str]
     code: dict[str, str]
     versions: dict[str, str]
+    accelerator: str
     device: str
     settings: dict[str, Any]
 
@@ -139,6 +141,14 @@ def _settings(answers: Mapping[int, Answer]) -> Finding:
 
 
 def _devices(answers: Mapping[int, Answer], hosts: Mapping[int, str]) -> Finding:
+    on_cpu = {rank: hosts[rank] for rank, answer in sorted(answers.items()) if answer["accelerator"] == "cpu"}
+    if 0 < len(on_cpu) < len(answers):
+        return Finding(
+            "devices",
+            "failure",
+            f"{in_words_by_host(on_cpu)}: torch finds no GPU there, and the other ranks have one each.\n"
+            "Look at the driver with nvidia-smi on that machine and leave it out (--exclude=…), or use trainer=cpu.",
+        )
     ranks_on: dict[tuple[str, str], list[int]] = defaultdict(list)
     for rank, answer in sorted(answers.items()):
         if answer["device"]:

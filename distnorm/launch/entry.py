@@ -3,7 +3,9 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +24,7 @@ from distnorm.launch.preflight import Preflight
 from distnorm.launch.run_dir import RUN_DIR, RunFolder
 from distnorm.settings import Settings
 
+_WANDB_S = 20
 Train = Callable[[Settings, ranks.Ranks, RunFolder], dict[str, Any]]
 
 
@@ -58,7 +61,8 @@ def _compose_and_start(train: Train, config: Path) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let its exceptions through, to be worded here
     try:
-        hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
+        with _scratch():
+            hydra.main(version_base="1.3", config_path=str(config.parent), config_name=config.stem)(job)()
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         if isinstance(error, ValueError) and overrides.NO_CHOICE not in str(error):
             raise
@@ -72,6 +76,18 @@ def _compose_and_start(train: Train, config: Path) -> None:
             _start(train, checked)
         else:
             _conduct(train, checked, config, changes)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[None]:
+    """Let Hydra put its `multirun.yaml` where it is in nobody's way."""
+    typed = list(sys.argv)
+    with tempfile.TemporaryDirectory(prefix="distnorm-") as folder:
+        sys.argv.append(f"hydra.sweep.dir={folder}")
+        try:
+            yield
+        finally:
+            sys.argv[:] = typed
 
 
 def _sweep(train: Train, composed: list[tuple[DictConfig, list[str]]]) -> None:
@@ -190,15 +206,23 @@ def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFol
                 _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
             ending = requeue.requeue(error)
             print(ending, file=sys.stderr)
-            _leave(ending.exit_code)
+            restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))  # torchrun would start it again at once
+            _leave(0 if restarts else ending.exit_code)
 
 
 def _close_wandb() -> None:
     """Let wandb write what it holds, where it was loaded."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
+    if wandb is None or wandb.run is None:
+        return
+
+    def finish() -> None:
         with contextlib.suppress(Exception):  # its process may have been told too, and have gone
             wandb.finish()
+
+    closing = threading.Thread(target=finish, daemon=True)
+    closing.start()
+    closing.join(_WANDB_S)  # an upload may take longer than the time until this process is killed
 
 
 def _leave(exit_code: int) -> NoReturn:

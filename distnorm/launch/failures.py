@@ -69,6 +69,12 @@ def _tell_torchrun(message: str, whole: str, now: float) -> None:
         Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
 
 
+def forget(run: RunFolder) -> None:
+    """Remove what ranks of an earlier attempt left: whose clock wrote it is not to be compared with this one's."""
+    for file in run.ranks.glob("rank*.error.json"):
+        file.unlink(missing_ok=True)
+
+
 def note_start(run: RunFolder, world_size: int, where: str) -> None:
     """Write down who takes part, once all ranks have come: of one that leaves no word this is all that is known."""
     job = job_name() if "SLURM_JOB_ID" in os.environ else None
@@ -84,7 +90,7 @@ def job_of(run: RunFolder) -> str | None:
 
 def reason(run: RunFolder) -> str | None:
     """Give the words of the rank that failed first; `None` where none left any."""
-    notes = _notes(run, 0.0)
+    notes = _notes(run)
     first = _first(notes, {}, 0)
     return str(notes[first[0]]["message"]) if first else None
 
@@ -99,22 +105,19 @@ def after(run: RunFolder) -> str:
         Lines for the console; the last is what matters most.
     """
     started = _read(run.ranks / _STARTED) or {"time": 0.0, "world_size": 0, "where": "nobody knows where"}
-    return in_words(run, started["time"], {}, world_size=started["world_size"], since=0.0)
+    return in_words(run, started["time"], {}, world_size=started["world_size"])
 
 
-def in_words(
-    run: RunFolder, started: float, ended: Mapping[int, str], *, world_size: int = 0, since: float | None = None
-) -> str:
+def in_words(run: RunFolder, started: float, ended: Mapping[int, str], *, world_size: int = 0) -> str:
     """Say which rank failed first, and why; that comes last, where one looks.
 
     Args:
-        run: its folder holds the notes.
+        run: its folder holds the notes of this attempt.
         started: when the run did, in seconds since 1970: older positions are another's.
         ended: how ranks ended, where the launcher knows.
         world_size: how many there were, where it does not.
-        since: notes that are older count no more; `None`: than `started`.
     """
-    notes = _notes(run, started if since is None else since)
+    notes = _notes(run)
     first = _first(notes, ended, world_size)
     lines = [f"rank {rank} then ended with {note['kind']}" for rank, note in sorted(notes.items()) if rank not in first]
     lines += where_the_ranks_were(run, started)
@@ -152,11 +155,11 @@ def _first(notes: Mapping[int, Any], ended: Mapping[int, str], world_size: int) 
     return [min(notes, key=lambda rank: notes[rank]["time"])] if notes else sorted(ended)[:1]
 
 
-def _notes(run: RunFolder, since: float) -> dict[int, Any]:
+def _notes(run: RunFolder) -> dict[int, Any]:
     found = {}
     for file in run.ranks.glob("rank*.error.json"):
         content = _read(file)
-        if content is not None and file.stat().st_mtime >= since:
+        if content is not None:
             found[int(file.name.removeprefix("rank").removesuffix(".error.json"))] = content
     return found
 

@@ -71,6 +71,8 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         os.environ[RUN_DIR] = str(run.path)
         # A rank's fair share of the cores, where torch's launcher would give 1; CPU ranks set theirs themselves.
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+        failures.forget(run)
+        _ending_of(run).unlink(missing_ok=True)
         started = time.time()
         try:
             with _passing_on(run):
@@ -82,7 +84,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             raise SystemExit(128 + error.sigval) from None
         finally:
             del os.environ[RUN_DIR]
-        _raise_ending(run, started)
+        _raise_ending(run)
 
 
 @contextlib.contextmanager
@@ -130,10 +132,10 @@ def note_ending(run: RunFolder, rank: int, error: RunInterruptedError) -> None:
         write_json(_ending_of(run), {"message": str(error), "wants_requeue": error.wants_requeue})
 
 
-def _raise_ending(run: RunFolder, started: float) -> None:
+def _raise_ending(run: RunFolder) -> None:
     """Raise what rank 0 left word of, where the ranks ended so."""
     file = _ending_of(run)
-    if file.exists() and file.stat().st_mtime >= started:
+    if file.exists():
         note = json.loads(file.read_text())
         raise RunInterruptedError(note["message"], wants_requeue=note["wants_requeue"])
 

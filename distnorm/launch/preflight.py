@@ -135,6 +135,7 @@ class Preflight:
             problems=problems,
             code={"hash": code_hash(), "place": str(Path(distnorm.__file__).parent)},
             versions={"python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__},
+            accelerator=self._ranks.accelerator,
             device="" if "devices" in problems else _device(self._ranks),
             settings=settings,
         )

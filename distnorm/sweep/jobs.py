@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import logging
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distnorm.errors import DistNormError
 from distnorm.launch import failures
@@ -22,6 +24,8 @@ from distnorm.launch.run_dir import RunFolder, write_whole
 from distnorm.settings import Settings
 
 _LONGEST_NAME = 120
+_TRIES, _PAUSE_S = 20, 0.1  # who looks holds the lock for a moment
+_log = logging.getLogger(__name__)
 State = Literal["done", "failed", "running", "interrupted", "waiting"]
 
 
@@ -60,28 +64,34 @@ class Job:
             return "done"
         if self.failure is not None:
             return "failed"
-        with self.claimed() as is_free:
-            if not is_free:
-                return "running"
+        if self._is_running():
+            return "running"
         return "interrupted" if any(self.run.checkpoints.glob("*.ckpt")) else "waiting"
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[bool]:
         """Keep other processes from this job while the block runs; the lock ends with the process, however that ends.
 
+        One process of a job claims it, whatever ranks it has. On a disk without locks the job is not kept from others.
+
         Yields:
             Whether it is ours; another process has it otherwise.
         """
-        if not self.run.path.is_dir():
-            yield True
-            return
         with (self.run.path / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-                return
-            yield True
+            for _ in range(_TRIES):
+                if _lock(file, fcntl.LOCK_EX):
+                    yield True
+                    return
+                time.sleep(_PAUSE_S)
+            yield False
+
+    def _is_running(self) -> bool:
+        """Look, for a moment and beside others that look, whether a process has claimed it."""
+        try:
+            with (self.run.path / ".lock").open() as file:
+                return not _lock(file, fcntl.LOCK_SH)
+        except FileNotFoundError:
+            return False
 
     def fail(self, error: BaseException) -> None:
         """Keep what ended it."""
@@ -89,13 +99,24 @@ class Job:
         write_whole(self._failure, f"{error}\n")
 
     def begin(self) -> None:
-        """Make its folder; an earlier failure is forgotten."""
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        """Forget an earlier failure."""
         self._failure.unlink(missing_ok=True)
+        failures.forget(self.run)
 
     @property
     def _failure(self) -> Path:
         return self.run.path / "failure.txt"
+
+
+def _lock(file: Any, kind: int) -> bool:
+    """Take a lock if that is free, or if this disk has none."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        _log.warning("%s cannot be locked (%s): do not start a sweep twice at once here.", file.name, error.strerror)
+    return True
 
 
 def plan(composed: Sequence[tuple[Settings | DistNormError, Sequence[str]]], runs_dir: Path) -> list[Job]:
@@ -132,7 +153,7 @@ def _parted(override: str) -> tuple[str, str]:
 
 def _identity(settings: Settings) -> str:
     """Write what decides the result of a run, and not where it is kept."""
-    return settings.model_copy(update={"runs_dir": "", "ckpt_path": None}).to_yaml()
+    return settings.model_copy(update={"runs_dir": ""}).to_yaml()
 
 
 def _file_name(name: str) -> str:
