@@ -143,7 +143,7 @@ def test(
     return tested, {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def _good(best: Path | None, run: RunFolder, resumed_from: str | Path | None) -> Path:
+def _good(best: Path | None, run: RunFolder, resumed_from: str | Path | None = None) -> Path:
     """Choose the best checkpoint, else the last, else the one that training had nothing to add to."""
     if best is None or not best.is_file():
         if any(run.checkpoints.glob("*.ckpt")):
