@@ -138,6 +138,23 @@ def test_a_requeued_job_goes_on_in_its_folder_from_its_checkpoint(slurm, tmp_pat
     assert json.loads(run.result.read_text())["resumed_from"] == f"{run.checkpoints}/last.ckpt"
 
 
+def test_a_requeued_task_of_a_sweep_goes_on_with_all_its_ranks(slurm, tmp_path):
+    lasting = ["trainer.max_steps=-1", "trainer.max_epochs=6", "data.device_batch=120", "norm=sync,batch"]
+    options = [*ON_TWO, "--array=0"]
+    job = slurm.submit("slurm/sweep.sbatch", *TRAINING[:-3], *lasting, f"runs_dir={tmp_path}", options=options)
+    pattern = "sweep-*/jobs/norm=sync/checkpoints/last.ckpt"
+    saved = runs.wait_for(lambda: next(tmp_path.glob(pattern), None))
+    slurm.requeue_now(f"{job}_0")
+    slurm.wait(f"{job}_0", "COMPLETED")
+    run = RunFolder(saved.parents[1])
+    assert json.loads(run.result.read_text())["world_size"] == 2
+    assert json.loads(run.result.read_text())["resumed_from"] == str(saved)
+    assert [row["epoch"] for row in runs.rows(run) if "val/loss" in row][-1] == 5
+    assert "runs elsewhere" not in slurm.output(f"{job}_0")
+    rows = list(csv.DictReader((run.path.parents[1] / "results.csv").open()))
+    assert [(row["norm"], row["state"]) for row in rows] == [("sync", "done"), ("batch", "waiting")]
+
+
 def test_submit_starts_a_sweep_as_an_array_and_says_where_it_is(slurm, monkeypatch, tmp_path):
     for key, value in slurm.environ.items():
         monkeypatch.setenv(key, value)
