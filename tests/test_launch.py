@@ -1,6 +1,7 @@
 """Real processes: wrong input, ranks that raise or are killed, a killed run's record, and nothing left running."""
 
 import concurrent.futures
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import time
 import pytest
 
 from distnorm.drift import record
+from distnorm.launch import local
+from distnorm.launch.run_dir import RunFolder
 from tests import runs
 
 pytestmark = pytest.mark.run
@@ -187,3 +190,13 @@ def test_two_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
         finish(process, 120)
         assert process.returncode == 0
     assert len(list(tmp_path.glob("*/result.json"))) == 2
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(("typed", "threads"), [([], 1), (["trainer.threads_per_rank=3"], 3)])
+def test_libraries_on_the_cpu_have_as_many_threads_on_any_machine(tmp_path, monkeypatch, typed, threads):
+    """Another number gives other bits."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    run = RunFolder(tmp_path)
+    run.write_settings(runs.composed("trainer=cpu_ddp", *typed))
+    assert local._threads(run, 2) == threads

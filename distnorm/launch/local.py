@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -69,8 +70,7 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
             **_shutdown_timeout(),
         )
         os.environ[RUN_DIR] = str(run.path)
-        # A rank's fair share of the cores, where torch's launcher would give 1; CPU ranks set theirs themselves.
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(_threads(run, num_ranks)))
         failures.forget(run)
         _ending_of(run).unlink(missing_ok=True)
         started = time.time()
@@ -85,6 +85,17 @@ def start_ranks(script: str, run: RunFolder, num_ranks: int) -> None:
         finally:
             del os.environ[RUN_DIR]
         _raise_ending(run)
+
+
+def _threads(run: RunFolder, num_ranks: int) -> int:
+    """Choose the threads of a rank's libraries, where torch's launcher would give 1 to all.
+
+    On the CPU it is the number that torch has too, on any machine: another gives other bits. Beside a GPU it is a fair
+    share of the cores.
+    """
+    trainer = run.read_settings().trainer
+    on_cpu = trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    return trainer.threads_per_rank or (1 if on_cpu else max(1, (os.cpu_count() or 1) // num_ranks))
 
 
 @contextlib.contextmanager
