@@ -135,6 +135,11 @@ def _late_beginners(trainer: pl.Trainer) -> Iterator[tuple[Any, Any]]:
         yield loader, next((sampler for sampler in samplers if hasattr(sampler, "start_at")), None)
 
 
+def _order_of(trainer: pl.Trainer) -> Order:
+    orders = (able.order for _, able in _late_beginners(trainer) if hasattr(able, "check_continues"))
+    return next(orders, {})
+
+
 def _go_to(
     trainer: pl.Trainer,
     epoch: int,
