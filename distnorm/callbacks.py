@@ -24,7 +24,14 @@ from distnorm.population import (
     swap_in,
     write_into,
 )
-from distnorm.replay import again, model_of, training_forward, training_inputs
+from distnorm.replay import (
+    again,
+    has_training_loader,
+    model_of,
+    training_forward,
+    training_inputs,
+    training_loader,
+)
 from distnorm.spec import NormSpec
 from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints, shares_one_set
 
@@ -192,10 +199,21 @@ class EvaluationStatistics(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep what each rank goes on with until training starts; what is loaded is evaluated as it is."""
+        """Keep what each rank goes on with until training starts; what is loaded is evaluated as it is.
+
+        Unless it was saved within `quick_saves()`: then its precise statistics are measured now.
+        """
+        stored = checkpoint.get(checkpoints.ENTRY) or {}
         self._weights_moved = False
         if trainer.state.fn == TrainerFn.FITTING:
-            self._stored = checkpoint.get(checkpoints.ENTRY)
+            self._stored = stored
+        elif not stored.get("evaluated", True) and self._is_precise(pl_module):
+            self._weights_moved = not (self._batches is None and self._loader is None) or has_training_loader(trainer)
+            if not self._weights_moved and trainer.is_global_zero:
+                _log.warning(
+                    "The checkpoint has pooled statistics where precise ones were decided, and there are no training "
+                    "batches to measure them over. Give EvaluationStatistics(spec, batches=…)."
+                )
 
     def _forget(self) -> None:
         self._gathered = self._evaluated = None
@@ -234,7 +252,8 @@ class EvaluationStatistics(Callback):
         return self._spec.evaluation == "precise" and any(True for _ in normalization_layers(pl_module))
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        batches = again(self._loader) if self._batches is None else self._batches
+        loader = training_loader(trainer) if self._loader is None else self._loader  # None: nothing was left to train
+        batches = again(loader) if self._batches is None else self._batches
         inputs, forward = training_inputs(trainer, pl_module, batches), training_forward(trainer, pl_module)
         return calibrate(pl_module, inputs, self._num_samples, forward=forward)
 

@@ -115,7 +115,8 @@ def _is_zip(path: Path) -> bool:
 def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:
     """Rebuild a trained model: convert it as the run did, load its weights and evaluation statistics.
 
-    Needs neither Lightning nor Hydra, and no process group.
+    Needs neither Lightning nor Hydra, and no process group. A checkpoint that was saved quickly, when its run was told
+    to stop, may have pooled statistics where precise ones were decided: a warning says so, and how to measure them.
 
     Args:
         model: the model as it was before conversion, on any device; converted in place.
@@ -142,6 +143,12 @@ def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:
             f"{str(path)!r} holds the weights of another model than {type(model).__name__}: {difference}\n"
             "Build the model with the settings in the run folder's config.yaml.",
         ) from error
+    if not stored[ENTRY].get("evaluated", True):
+        _log.warning(
+            "%s was saved quickly, to go on from: its batch norms have pooled statistics where precise ones were "
+            "decided. Measure them: distnorm.population.swap_in(model, distnorm.calibrate(model, batches)).",
+            path,
+        )
     return model.eval()
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -53,6 +54,20 @@ def again(loader: Any) -> Iterable[Any]:
             sampler.start_at(0)
     vars(copied).update(ours, persistent_workers=False, _iterator=None)  # a DataLoader refuses to be set otherwise
     return copied
+
+
+def has_training_loader(trainer: pl.Trainer) -> bool:
+    """Tell whether the data module, else the module, can give a training loader."""
+    return is_overridden("train_dataloader", _source_of(trainer))
+
+
+def training_loader(trainer: pl.Trainer) -> Any:
+    """Make a training loader for a trainer that does not train."""
+    return _source_of(trainer).train_dataloader()
+
+
+def _source_of(trainer: pl.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None) or trainer.lightning_module
 
 
 def training_inputs(trainer: pl.Trainer, pl_module: pl.LightningModule, batches: Iterable[Any]) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from distnorm import checkpoint as checkpoints
 from distnorm import collectives, loop_state, random_state
+from distnorm.data.order import Order
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class ExactResume(Callback):
 
     A resumed epoch goes on with its next batch, if the loader's `sampler` or `batch_sampler` has `start_at(step)`, as
     `GlobalBatchSampler` does, or the loader keeps a state (`state_dict`), which is Lightning's business. Else its
-    batches are those of the epoch's beginning, which is said.
+    batches are those of the epoch's beginning, which is said. What decides the order of a `GlobalBatchSampler` is kept
+    with the place, and must be the same.
 
     A logger that has `rewind(step, time_s)` is asked to forget what was logged after the checkpoint.
 
@@ -62,6 +64,10 @@ class ExactResume(Callback):
             resumed step on, the learning rate along its schedule; all else of the optimizer is the checkpoint's.
 
     Collective: 1 gather of the states over the control group a checkpoint. Every rank saves.
+
+    Raises:
+        ConfigError: (when training starts, on all ranks) it goes on in the middle of an epoch with another seed, other
+            data or, with sorted shards, another number of ranks.
     """
 
     def __init__(self, seed: int, global_batch: int = 0, optimizer: Mapping[str, Any] | None = None) -> None:
@@ -79,7 +85,10 @@ class ExactResume(Callback):
         entry["ranks"] = collectives.agree(own, "the gathering of the ranks' states")
         epoch, step = loop_state.settle(trainer, checkpoint["loops"]["fit_loop"])
         entry["optimizer"], entry["saved_at_s"] = self._optimizer, time.time()
-        entry["place"] = {"epoch": epoch, "step": step, "global_batch": self._global_batch}
+        order: Order = next(
+            (able.order for _, able in _late_beginners(trainer) if hasattr(able, "check_continues")), {}
+        )
+        entry["place"] = {"epoch": epoch, "step": step, "global_batch": self._global_batch, "order": order}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -118,14 +127,33 @@ def _rewind(trainer: pl.Trainer, step: int, time_s: float) -> None:
             logger.rewind(step, time_s)
 
 
-def _go_to(trainer: pl.Trainer, epoch: int, step: int, global_batch: int) -> None:  # noqa: ARG001
+def _late_beginners(trainer: pl.Trainer) -> Iterator[tuple[Any, Any]]:
+    """Give each training loader, with its sampler that can begin an epoch late, or `None`."""
+    loaders = [] if trainer.train_dataloader is None else CombinedLoader(trainer.train_dataloader).flattened
+    for loader in loaders:
+        samplers = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
+        yield loader, next((sampler for sampler in samplers if hasattr(sampler, "start_at")), None)
+
+
+def _order_of(trainer: pl.Trainer) -> Order:
+    orders = (able.order for _, able in _late_beginners(trainer) if hasattr(able, "check_continues"))
+    return next(orders, {})
+
+
+def _go_to(
+    trainer: pl.Trainer,
+    epoch: int,
+    step: int,
+    global_batch: int,  # noqa: ARG001
+    order: Order | None = None,
+) -> None:
     """Let the loaders go on in the middle of an epoch."""
     if not step:
         return
-    for loader in CombinedLoader(trainer.train_dataloader).flattened:
-        samplers = [getattr(loader, name, None) for name in ("batch_sampler", "sampler")]
-        able = next((sampler for sampler in samplers if hasattr(sampler, "start_at")), None)
+    for loader, able in _late_beginners(trainer):
         if able is not None:
+            if hasattr(able, "check_continues"):
+                able.check_continues(order or {})
             able.set_epoch(epoch)
             able.start_at(step)
         elif not hasattr(loader, "state_dict") and trainer.is_global_zero:

@@ -39,6 +39,18 @@ def test_load_rebuilds_what_was_trained(tmp_path, spec, by):
     assert torch.equal(loaded(x), trained(x))
 
 
+def test_load_says_that_precise_statistics_are_missing(tmp_path, caplog):
+    _, path = saved(tmp_path, decide(8, 4))
+    stored = torch.load(path, weights_only=True)
+    for evaluated, said in ((True, []), (False, [path])):
+        stored["distnorm"]["evaluated"] = evaluated
+        torch.save(stored, path)
+        load(ResNet(widths=(4, 8), num_classes=3), path)
+        assert [record.args[0] for record in caplog.records] == said
+    assert f"{path} was saved quickly, to go on from: its batch norms have pooled statistics" in caplog.text
+    assert "swap_in(model, distnorm.calibrate(model, batches))" in caplog.text
+
+
 def test_load_needs_neither_lightning_nor_hydra(tmp_path):
     _, path = saved(tmp_path, decide(8, 4))
     code = (

@@ -67,6 +67,22 @@ def test_each_task_of_an_array_has_its_own(found):
     assert tasks(found, **array, SLURM_RESTART_COUNT="1") == "slurm-70_5-0"
 
 
+def test_what_killed_saves_left_goes_when_the_run_goes_on(found):
+    folder = Path(found.runs_dir) / tasks(found) / "checkpoints"
+    stay = {"last.ckpt", "previous.ckpt", "best.ckpt", ".mine.ckpt", "last.ckpt.1", "notes"}
+    for name in (*stay, ".last.ckpt.4711", ".previous.ckpt.4711", ".best.ckpt.12", "best.ckpt.partial"):
+        (folder / name).touch()
+    other = folder.parent.parent / "another" / "checkpoints" / ".last.ckpt.4711"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    late = Ranks(4, 2, 2, 3, 1, "slurm", "cpu")
+    opened(found, late, STEP | {"SLURM_RESTART_COUNT": "1"})
+    assert (folder / ".last.ckpt.4711").exists()  # the first rank alone removes
+    tasks(found, SLURM_RESTART_COUNT="1")
+    assert {file.name for file in folder.iterdir()} == stay
+    assert other.exists()
+
+
 def test_torchrun_in_a_step_whose_rendezvous_is_the_jobs_shares_the_steps_folder(found):
     assert tasks(found, "torchrun", TORCHELASTIC_RUN_ID="77") == "slurm-77-0"
 

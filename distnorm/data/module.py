@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from distnorm.data.augmentation import Domain, Transform, in_domain
 from distnorm.data.datasets import AbstractSamples, Batch, ClassificationDataset, as_is
+from distnorm.data.order import Order
 from distnorm.data.sampler import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
@@ -122,6 +123,18 @@ class AbstractClassificationData(LightningDataModule, ABC):
             batch_index: step of the epoch.
         """
         return self._train_sampler().global_count(batch_index)
+
+    def check_continues(self, order: Order, world_size: int) -> None:
+        """Refuse to go on in the middle of an epoch that was dealt in another order.
+
+        Args:
+            order: of the sampler that dealt its first steps.
+            world_size: ranks that share an epoch now.
+
+        Raises:
+            ConfigError: the orders differ.
+        """
+        self._train_sampler(world_size).check_continues(order)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Build this rank's loader of augmented training batches: [n, C, H, W] float32 and [n] int64; n may be 0."""

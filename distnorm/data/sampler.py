@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from distnorm.data.order import Order, check_same_order
 from distnorm.data.stream import check_seed, stream
 from distnorm.errors import ConfigError, did_you_mean
 
@@ -86,6 +87,18 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         return self.num_samples % self.global_batch if self.last_batch == "drop" else 0
 
     @property
+    def order(self) -> Order:
+        """What decides which samples each global batch of an epoch has, besides the global batch."""
+        found: Order = {
+            "seed": self.seed,
+            "num_samples": self.num_samples,
+            "shuffle": self.shuffle,
+            "last_batch": self.last_batch,
+            "shards": "shuffled" if self.classes is None else "sorted",
+        }
+        return found if self.classes is None else {**found, "world_size": self.world_size}
+
+    @property
     def sampler(self) -> "GlobalBatchSampler":
         """This sampler: Lightning announces an epoch to `batch_sampler.sampler`, not to `batch_sampler`."""
         return self
@@ -99,6 +112,17 @@ class GlobalBatchSampler(Sampler[list[Pair]]):
         if epoch != self.epoch:
             self._start = 0
         self.epoch = epoch
+
+    def check_continues(self, before: Order) -> None:
+        """Refuse to go on in the middle of an epoch that was dealt in another order.
+
+        Args:
+            before: `order` of the sampler that dealt its first steps; what it does not name is not compared.
+
+        Raises:
+            ConfigError: the orders differ.
+        """
+        check_same_order(before, self.order)
 
     def start_at(self, step: int) -> None:
         """Let the next iteration of this epoch begin at a step; later ones, and other epochs, begin at the first.

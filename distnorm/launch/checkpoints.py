@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -20,6 +21,14 @@ from distnorm.launch.run_dir import RunFolder
 from distnorm.loop_state import is_between_steps
 
 _log = logging.getLogger(__name__)
+_SCORES = (
+    "best_k_models",
+    "best_model_path",
+    "best_model_score",
+    "current_score",
+    "kth_best_model_path",
+    "kth_value",
+)
 
 
 class LastCheckpoint(Callback):
@@ -82,11 +91,14 @@ class LastCheckpoint(Callback):
 class BestCheckpoint(ModelCheckpoint):
     """Keep the checkpoint with the lowest validation loss, over a resume too: a new folder starts with the old best.
 
-    Lightning forgets the best score whenever the folder changes, as it does at every resume.
+    Lightning forgets the best score whenever the folder changes, as it does at every resume. It also keeps the score
+    of a checkpoint that the disk refused: here the score is that of the file which is there.
 
     Args:
         run: the folder.
         resumed_from: the checkpoint that training goes on from.
+
+    Collective: Lightning's own for a checkpoint, and 1 agreement on whether it was saved.
     """
 
     def __init__(self, run: RunFolder, resumed_from: str | None) -> None:
@@ -94,6 +106,14 @@ class BestCheckpoint(ModelCheckpoint):
         own: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         super().__init__(run.checkpoints, "best", monitor="val/loss", **own)
         self._before = Path(resumed_from).with_name("best.ckpt") if resumed_from else None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what is better than before; where that fails, what was before stays the best, alike on every rank."""
+        before = {name: copy.copy(getattr(self, name)) for name in _SCORES}
+        score = self.current_score
+        super().on_validation_end(trainer, pl_module)
+        if self.current_score is not score and collectives.agree(_failure_of(trainer), "the news of a save")[0]:
+            vars(self).update(before)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best checkpoint and its score over; alike on every rank, but the first alone copies."""

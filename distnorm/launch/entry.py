@@ -186,6 +186,8 @@ def _open(checked: Settings, found: ranks.Ranks, place: RunFolder | None) -> tup
     if hasattr(data, "describe"):  # ours; a data module of the user's own may have no such words
         data.describe(found.world_size)
     settings.check_fit(complete, data)
+    if complete.ckpt_path is not None:
+        resumption.check_epoch(complete, data, found.world_size)
     run_dir.open_run(complete, found, run, again=again)
     return complete, run
 

@@ -47,6 +47,22 @@ def prepare(settings: Settings, ranks: Ranks) -> Settings:
     return complete
 
 
+def check_epoch(settings: Settings, data: Any, world_size: int) -> None:
+    """Hold the data against the epoch that a run goes on in the middle of; at its end any will do.
+
+    Args:
+        settings: with a `ckpt_path`, from `prepare`.
+        data: that they build; one that cannot say in which order it deals is not asked.
+        world_size: ranks there are now.
+
+    Raises:
+        ConfigError: the run before had another seed, other data or, with sorted shards, another number of ranks.
+    """
+    place = checkpoint.entry_of(Path(str(settings.ckpt_path))).get("place", {"step": 0})
+    if place["step"] and hasattr(data, "check_continues"):
+        data.check_continues(place.get("order", {}), world_size)
+
+
 def in_words(settings: Settings, spec: NormSpec) -> list[str]:
     """Say where a run goes on from, and what became of the training before: what was, what is, why. A line each."""
     entry = checkpoint.entry_of(Path(str(settings.ckpt_path)))
@@ -86,7 +102,7 @@ def _check_divides(global_batch: int, ranks: Ranks) -> None:
         )
 
 
-def _check_middle(place: dict[str, int], settings: Settings) -> None:
+def _check_middle(place: dict[str, Any], settings: Settings) -> None:
     now = settings.data["global_batch"]
     if place["step"] and now != place["global_batch"]:
         raise ConfigError(

@@ -5,6 +5,7 @@ import datetime as dt
 import hashlib
 import json
 import os
+import re
 import secrets
 import socket
 from collections.abc import Mapping
@@ -123,7 +124,7 @@ def _restarts(environ: Mapping[str, str]) -> int:
 
 
 def open_run(settings: Settings, ranks: Ranks, run: RunFolder, *, again: bool = False) -> None:
-    """Make the run's folder, or enter the one that the first rank has made.
+    """Make the run's folder, or enter the one that the first rank has made; what killed saves left there goes.
 
     Args:
         settings: what the first rank writes down.
@@ -146,12 +147,20 @@ def open_run(settings: Settings, ranks: Ranks, run: RunFolder, *, again: bool = 
         run.error_of(ranks.rank).unlink(missing_ok=True)
         if ranks.is_first:
             run.stop.unlink(missing_ok=True)
+            for killed in _half_saved(run):
+                killed.unlink(missing_ok=True)
             run.write_settings(settings)
     except OSError as error:
         raise ConfigError(
             f"runs_dir={settings.runs_dir!r} takes no run folder: {error.strerror}. "
             "Give a folder that every rank can write, e.g. runs_dir=/scratch/me/runs.",
         ) from None
+
+
+def _half_saved(run: RunFolder) -> list[Path]:
+    """Find what killed saves have left beside the checkpoints, each as large as one: `.last.ckpt.<process>`."""
+    partial = re.compile(r"\.(best|last|previous)\.ckpt\.\d+|best\.ckpt\.partial")
+    return [file for file in run.checkpoints.iterdir() if partial.fullmatch(file.name)]
 
 
 def write_whole(path: Path, text: str) -> None:
