@@ -18,7 +18,7 @@ from distnorm.search.folder import SearchFolder, open_search
 from distnorm.search.plan import Plan
 from distnorm.search.trials import run_trial
 from distnorm.study.workers import CellError, in_words
-from tests import runs
+from tests import ranks, runs
 
 SPACE = {
     "optimizer.lr": {"low": 1e-3, "high": 1.0, "scale": "log"},
@@ -103,6 +103,19 @@ def conduct(folder, found, objective=train):
     with conductor.told_by(signal.SIGTERM):
         conductor.run()
     return SearchFolder(opened.path)
+
+
+def in_process(body, *arguments):
+    """Start `body` in a process of its own, forked from a warm one."""
+    process = ranks.context.Process(target=body, args=arguments)
+    process.start()
+    return process
+
+
+def ended(process):
+    process.join(60)
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def begun(path):

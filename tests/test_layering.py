@@ -74,7 +74,6 @@ LADDER = [
         "launch.console",
         "launch.endings",
         "launch.signals",
-        "launch.checkpoint_files",
         "launch.comparison",
         "launch.environment",
         "launch.checkpoint_files",

@@ -1,9 +1,12 @@
 """Searches of real trainings: killed and gone on with, stopped early on several ranks, refused before anything runs."""
 
 import csv
+import os
+import signal
 
 import optuna
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from distnorm.drift import record
@@ -97,6 +100,61 @@ def test_asha_spends_its_epochs_on_the_good_trials(tmp_path):
     assert min(outcomes.values(), key=lambda o: o.value).number == min(levels, key=levels.get)
     epochs = sum(len(record.read(folder.run(n).record)) for n in outcomes)
     assert epochs < 0.5 * 27 * 9
+
+
+def saving(settings, ranks, run):
+    """The same, that counts its beginnings and leaves a checkpoint, or dies in the third before that."""
+    with (run.path.parent.parent / "begun").open("a") as file:
+        file.write(f"{run.path.name}\n")
+    if "dies" in run.path.parent.parent.name and len(searches.begun(run.path.parent.parent)) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fading(settings, ranks, run)
+    torch.save({}, run.checkpoints / "last.ckpt")
+
+
+def killed_at_the_end(folder):
+    """Conduct a search whose process is killed when the third trial has ended, and before that is written."""
+    add = SearchFolder.add
+    SearchFolder.add = lambda self, outcome: add(self, outcome) if outcome.number < 2 else os.kill(os.getpid(), 9)
+    searches.conduct(folder, asha(), saving)
+
+
+def killed_in_between(folder):
+    searches.conduct(folder, asha(name="dies"), saving)
+
+
+def asha(**changes):
+    space = {"optimizer.lr": searches.SPACE["optimizer.lr"]}
+    return searches.asked("asha", trials=6, space=space, keep=False, **changes)
+
+
+@pytest.mark.unit
+def test_a_trial_of_asha_that_has_ended_counts_though_its_outcome_was_not_written(tmp_path):
+    assert searches.ended(searches.in_process(killed_at_the_end, tmp_path)) == -9
+    (path,) = tmp_path.iterdir()
+    assert (path / "trials/0002/checkpoints/last.ckpt").exists()  # until the outcome is written it may be needed
+    assert not list(path.glob("trials/000[01]/checkpoints/*"))
+    folder = searches.conduct(tmp_path, asha(), saving)
+    assert searches.begun(path) == [0, 1, 2, 3, 4, 5]
+    whole = searches.conduct(tmp_path / "whole", asha(), saving).outcomes()
+    found = folder.outcomes()
+    assert {n: (o.state, o.value) for n, o in found.items()} == {n: (o.state, o.value) for n, o in whole.items()}
+    assert found[2].attempts == 2
+    assert not list(path.glob("trials/*/checkpoints/*"))
+
+
+@pytest.mark.unit
+def test_a_trial_of_asha_that_begins_anew_is_a_new_one_to_the_journal(tmp_path):
+    assert searches.ended(searches.in_process(killed_in_between, tmp_path)) == -9
+    file = tmp_path / "search-dies/trials/0002/rungs.json"
+    file.write_text(file.read_text().replace("null", "1"))  # it was stopped, and its checkpoints are lost
+    folder = searches.conduct(tmp_path, asha(name="dies"), saving)
+    assert searches.begun(folder.path) == [0, 1, 2, 2, 3, 4, 5]
+    assert {o.state for o in folder.outcomes().values()} <= {"complete", "pruned"}
+    states = [trial.state for trial in rungs._study(folder.path / "journal.log", RULES).trials]
+    assert states.count(optuna.trial.TrialState.FAIL) == 1
+    assert len(states) == 7
+    assert all(state.is_finished() for state in states)
 
 
 @pytest.mark.unit

@@ -20,7 +20,7 @@ from distnorm.search.design import Design
 from distnorm.search.folder import Outcome, SearchFolder, open_search
 from distnorm.search.folder import results as results_of
 from distnorm.search.plan import Plan, Round, Trial
-from distnorm.search.trials import Stopped, Task, checkpoint_of, failed, run_trial
+from distnorm.search.trials import Stopped, Task, checkpoint_of, failed, outcome_of, run_trial
 from distnorm.settings import Settings
 from distnorm.study.cells import Compose
 from distnorm.study.training import Train
@@ -170,8 +170,12 @@ class Conductor:
             settings = completed(self._compose(changes))
             group = settings.logger.model_copy(update={"group": settings.logger.group or self._folder.path.name})
             begun = self._folder.prepare(trial)
+            if begun and self._asked.kind == "asha" and rungs.has_ended(run):
+                self._keep(outcome_of(trial, run, claim, self._asked), claim)
+                return
             resumed = checkpoint_of(run) if begun else None
             if resumed is None:
+                self._forget(run)
                 self._folder.clear(trial.number)
                 self._folder.prepare(trial)
             settings = settings.model_copy(update={"search": None, "logger": group, "ckpt_path": resumed})
@@ -182,8 +186,17 @@ class Conductor:
         except DistNormError as error:
             self._keep(failed(trial, claim, str(error)), claim)
             return
-        self._running[trial.number] = claim
+        self._running[trial.number] = claim  # from here on a signal tells it
+        if self.is_told:  # while it was made ready
+            del self._running[trial.number]
+            return
         self._workers.start(Task(self._train, self._script, trial, settings, run, claim, self._asked))
+
+    def _forget(self, run: RunFolder) -> None:
+        """Let ASHA's journal know that nothing came of an attempt."""
+        if self._asked.kind == "asha":
+            with contextlib.suppress(FileNotFoundError):  # the journal does not know of it
+                rungs.end(run, None)
 
     def _collect(self) -> None:
         """Take what has ended, and show that this process is alive."""
@@ -208,9 +221,11 @@ class Conductor:
         if not claim.holds:
             print(f"trial {outcome.number} was taken over by another process: its result there counts.", flush=True)
             return
-        if self._asked.kind == "asha" and outcome.value is None:
-            _tell_failure(self._folder.run(outcome.number))
+        if outcome.value is None:
+            self._forget(self._folder.run(outcome.number))
         self._folder.add(outcome)
+        if not self._asked.keep:
+            self._folder.drop_checkpoints(outcome.number)
         done = self._folder.outcomes()
         write_tables(self._asked, self._folder)
         said = outcome.reason or f"{self._asked.metric} {outcome.value:.4f}"
@@ -268,8 +283,3 @@ def _check(asked: Design, base: Settings, compose: Compose) -> None:
         except ConfigError as error:
             words = " ".join(str(error).split("\n"))
             raise ConfigError(f"search.space: {' '.join(values)} is not good.\n{words}") from None
-
-
-def _tell_failure(run: RunFolder) -> None:
-    with contextlib.suppress(FileNotFoundError):  # it failed before the journal knew of it
-        rungs.end(run, None)

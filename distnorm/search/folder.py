@@ -15,7 +15,10 @@ from distnorm.search.plan import Result, Trial
 from distnorm.settings import Settings
 
 _NOT_OF_THE_SEARCH = {"name", "workers", "stale_s", "keep"}
-_LEFT_BY_A_RUN = ("checkpoints", "ranks", "wandb", "record.jsonl", "result.json", "console.txt", "config.yaml", "stop")
+_LEFT_BY_A_RUN = (
+    *("checkpoints", "ranks", "wandb", "record.jsonl", "result.json"),
+    *("console.txt", "config.yaml", "rungs.json", "stop"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,11 @@ class SearchFolder:
     def add(self, outcome: Outcome) -> None:
         """Keep an outcome: from here on the trial is done."""
         write_json(self.run(outcome.number).path / "outcome.json", dataclasses.asdict(outcome))
+
+    def drop_checkpoints(self, number: int) -> None:
+        """Delete the checkpoints of a trial that is done: before that it may still go on from one."""
+        for file in self.run(number).checkpoints.glob("*.ckpt"):
+            file.unlink()
 
     def prepare(self, trial: Trial) -> bool:
         """Make a trial's folder ready; say whether it was begun with the same values before."""

@@ -69,6 +69,17 @@ def end(run: RunFolder, value: float | None) -> bool:
     return pruned
 
 
+def has_ended(run: RunFolder) -> bool:
+    """Tell whether the journal has what a trial came to: it was cut short after that, and nothing is left to run."""
+    from optuna.trial import TrialState  # noqa: PLC0415
+
+    if not (run.path / _FILE).exists():
+        return False
+    about = json.loads((run.path / _FILE).read_text())
+    trials = _study(Path(about["journal"]), about).get_trials(deepcopy=False)
+    return any(t.number == about["trial"] and t.state in (TrialState.COMPLETE, TrialState.PRUNED) for t in trials)
+
+
 def callbacks(run: RunFolder) -> list[Callback]:
     """Give the callback that stops a run at its rungs; none for a run that is no trial of ASHA."""
     return [Rungs(run)] if (run.path / _FILE).exists() else []

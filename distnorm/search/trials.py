@@ -63,17 +63,19 @@ def run_trial(task: Task) -> Outcome | Stopped:
             train_on_ranks(task.script, task.run, num_ranks)
     except RunInterruptedError as error:
         return Stopped(str(error), error.wants_requeue)
-    value = read_value(task.run, task.asked)
-    pruned = task.asked.kind == "asha" and rungs.end(task.run, value)
-    result = json.loads(task.run.result.read_text()) if task.run.result.exists() else {}
+    seconds = round(time.monotonic() - started, 1)
+    return outcome_of(task.trial, task.run, task.claim, task.asked, seconds)
+
+
+def outcome_of(trial: Trial, run: RunFolder, claim: Claim, asked: Design, seconds: float = 0.0) -> Outcome:
+    """Read what a run that has ended came to; of ASHA, let the journal know."""
+    value = read_value(run, asked)
+    pruned = asked.kind == "asha" and rungs.end(run, value)
+    result = json.loads(run.result.read_text()) if run.result.exists() else {}
     numbers = {k: v for k, v in result.get("metrics", {}).items() if isinstance(v, int | float)}
-    if not task.asked.keep:
-        for file in task.run.checkpoints.glob("*.ckpt"):
-            file.unlink()
-    seconds, trial = round(time.monotonic() - started, 1), task.trial
     if value is None:
-        return failed(trial, task.claim, f"{task.asked.metric} was never a finite number")
-    state, attempts = "pruned" if pruned else "complete", task.claim.attempt + 1
+        return failed(trial, claim, f"{asked.metric} was never a finite number")
+    state, attempts = "pruned" if pruned else "complete", claim.attempt + 1
     return Outcome(trial.number, trial.round, trial.values, state, value, numbers, seconds, attempts)
 
 
