@@ -44,7 +44,7 @@ def main(train: Train, config: Path) -> None:
             else:
                 _compose_and_start(train, config)
     except RunInterruptedError as error:
-        console.fail(requeue.requeue(error))
+        raise SystemExit(_requeued(error).exit_code) from None
     except DistNormError as error:
         console.fail(error)
 
@@ -206,10 +206,17 @@ def _train_here(train: Train, checked: Settings, found: ranks.Ranks, run: RunFol
             _close_wandb()
             if not found.is_first:
                 _leave(0)  # srun --kill-on-bad-exit and torchrun would kill the first rank, that is still at it
-            ending = requeue.requeue(error)
-            print(ending, file=sys.stderr)
+            ending = _requeued(error)
             restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))  # torchrun would start it again at once
             _leave(0 if restarts else ending.exit_code)
+
+
+def _requeued(error: RunInterruptedError) -> RunInterruptedError:
+    """Say what ended the run, then ask for the requeue: SLURM may end this process before it has answered."""
+    print(error, file=sys.stderr, flush=True)
+    ending = requeue.requeue(error)
+    print(str(ending).removeprefix(str(error)).lstrip(), end="\n" if ending is not error else "", file=sys.stderr)
+    return ending
 
 
 def _close_wandb() -> None:
