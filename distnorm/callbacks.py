@@ -252,8 +252,9 @@ class EvaluationStatistics(Callback):
         return self._spec.evaluation == "precise" and any(True for _ in normalization_layers(pl_module))
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        loader = training_loader(trainer) if self._loader is None else self._loader  # None: nothing was left to train
-        batches = again(loader) if self._batches is None else self._batches
+        batches = self._batches
+        if batches is None:  # where nothing was left to train, there was no loader
+            batches = again(training_loader(trainer) if self._loader is None else self._loader)
         inputs, forward = training_inputs(trainer, pl_module, batches), training_forward(trainer, pl_module)
         return calibrate(pl_module, inputs, self._num_samples, forward=forward)
 

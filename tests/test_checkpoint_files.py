@@ -109,12 +109,12 @@ def test_a_damaged_best_checkpoint_is_not_tested(tmp_path, caplog):
     folder, run = folder_of(tmp_path, 1, 2), RunFolder(tmp_path)
     best = folder / "best.ckpt"
     AtomicCheckpointIO().save_checkpoint(content(1), best)
-    assert checkpoints._good(best, run) == best
+    assert checkpoints._good(best, run, None) == best
     best.write_bytes(best.read_bytes()[:-9])
-    assert checkpoints._good(best, run) == folder / "last.ckpt"
+    assert checkpoints._good(best, run, None) == folder / "last.ckpt"
     assert f"{best} is damaged (" in caplog.text
     assert f"{folder / 'last.ckpt'} is tested instead." in caplog.text
-    assert checkpoints._good(None, run) == folder / "last.ckpt"
+    assert checkpoints._good(None, run, None) == folder / "last.ckpt"
 
 
 class Killed(BaseException):
