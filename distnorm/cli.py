@@ -66,7 +66,7 @@ DOCTOR: Mapping[str, Mapping[str, Any]] = {
 
 SUBMIT: Mapping[str, Mapping[str, Any]] = {
     "overrides": {"nargs": "*", "help": "what train.py is given, after --: norm=sync data.device_batch=8"},
-    "--script": {"choices": ("train", "sweep", "torchrun"), "help": "of slurm/ (train)"},
+    "--script": {"choices": ("train", "sweep", "torchrun", "search"), "help": "of slurm/ (train)"},
     "--dry-run": {**_FLAG, "help": "print the script, and submit nothing"},
     "--nodes": {"help": "machines"},
     "--ntasks-per-node": {"help": "tasks on one node, a device each"},
@@ -75,7 +75,7 @@ SUBMIT: Mapping[str, Mapping[str, Any]] = {
     "--time": {"help": "limit: 12:00:00"},
     "--partition": {"help": "your site's"},
     "--account": {"help": "your site's"},
-    "--array": {"help": "tasks of a sweep: 0-5, 0-99%%8; counted from the overrides, if left out"},
+    "--array": {"help": "tasks of a sweep: 0-5, 0-99%%8, counted if left out; or jobs of a search"},
     "--sbatch": {"action": "append", "metavar": "OPTION", "help": "any other option of sbatch: --sbatch=--qos=high"},
 }
 """Arguments of `distnorm submit`: those of `distnorm.launch.slurm.submit`."""
@@ -179,7 +179,7 @@ _COMMANDS: Mapping[str, tuple[str, str | None, Mapping[str, Mapping[str, Any]], 
         _doctor,
     ),
     "submit": (
-        "submit a run or a sweep to SLURM",
+        "submit a run, a sweep or a search to SLURM",
         "[options; see distnorm submit --help] -- overrides",
         SUBMIT,
         _submit,

@@ -186,13 +186,19 @@ def process_of(job, rank):
     return min(found)
 
 
-def main():
+def _at_least_one(typed):
+    if not typed.isdigit() or not int(typed):
+        raise argparse.ArgumentTypeError(f"{typed!r} must be a whole number of at least 1, e.g. 10")
+    return int(typed)
+
+
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--times", type=int, default=10, help="interruptions of each kind (10)")
+    parser.add_argument("--times", type=_at_least_one, default=10, help="interruptions of each kind (10)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--folder", help="keeps the runs; else they go when all is told")
     parser.add_argument("--seed", type=int, default=0, help="of the steps and ranks that are chosen (0)")
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     chosen = random.Random(asked.seed)
     trials = []
     with contextlib.closing(Cluster()) as slurm, tempfile.TemporaryDirectory() as scratch:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.campaign import KINDS, Campaign
+from tests.campaign import KINDS, Campaign, main
 
 pytestmark = pytest.mark.run
 
@@ -10,6 +10,13 @@ pytestmark = pytest.mark.run
 @pytest.fixture(scope="module")
 def campaign(slurm, tmp_path_factory):
     return Campaign(slurm, tmp_path_factory.mktemp("campaign"), steps=120)
+
+
+@pytest.mark.parametrize("times", ["0", "-1", "ten"])
+def test_no_times_at_all_is_refused_at_once(capsys, times):
+    with pytest.raises(SystemExit):
+        main([f"--times={times}"])
+    assert f"{times!r} must be a whole number of at least 1, e.g. 10" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -161,6 +161,18 @@ def test_a_job_that_never_had_a_folder_is_said_to(tmp_path, monkeypatch, capsys)
     assert "no run folder: it ended before it made one" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("named", ["none", "."])
+def test_what_is_no_run_folder_is_refused(tmp_path, monkeypatch, capsys, named):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["doctor", "--after", str(tmp_path / named)])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path / named} is no run's folder" in said
+    assert "Give one, e.g. runs/<run>" in said
+    assert len(said.strip().splitlines()) <= 3
+
+
 def test_torchrun_hears_of_the_first_failure_too(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     fail(run, 0, LOST)

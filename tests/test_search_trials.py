@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from distnorm.errors import ConfigError
+from distnorm.launch import signals
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RunFolder
 from distnorm.search import conduct, figure
@@ -188,6 +189,13 @@ def test_a_trial_that_is_made_ready_when_the_signal_comes_is_not_begun(tmp_path,
         searches.conduct(tmp_path, asked(trials=4))
     (path,) = tmp_path.iterdir()
     assert not (path / "begun").exists()
+
+
+def test_a_signal_that_came_before_the_search_counts(tmp_path):
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with pytest.raises(RunInterruptedError, match="stopped after 0 of 4 trials"):
+            searches.conduct(tmp_path, asked(trials=4))
 
 
 def test_a_name_is_one_search_s(tmp_path):

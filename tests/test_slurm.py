@@ -91,6 +91,28 @@ def test_code_76_requeues_that_task_of_an_array_alone(slurm, stub):
     assert stub.arguments("1.0.0") == ["-u", "train.py", "-m", "trainer=slurm", "norm=batch,sync"]
 
 
+def test_a_search_is_one_task_that_code_76_requeues(slurm, stub):
+    job = stub("search", *ODD, codes={"0.0": 76}, options=["--gpus-per-node=0", "--cpus-per-task=1"])
+    slurm.start_now(job, restarts=1)
+    slurm.wait(job, "COMPLETED")
+    assert stub.arguments("0.1.0") == ["-u", "train.py", "trainer.ranks_from=local", *ODD]
+    assert slurm.output(job).count("rank 0 at") == 2
+
+
+def test_a_task_of_an_array_conducts_a_search(slurm, tmp_path):
+    typed = ["search=random", "search.trials=2", "search.name=lr", "search.tiers=[[optimizer.lr]]"]
+    short = ["trainer.max_steps=-1", "trainer.max_epochs=1", "model.widths=[8,8,8]"]
+    short += ["+trainer.lightning.limit_train_batches=3", "+trainer.lightning.limit_val_batches=1"]
+    job = slurm.submit(
+        "slurm/search.sbatch",
+        *(*runs.QUICK, "drift=none", *short, *typed, f"runs_dir={tmp_path}"),
+        options=["--gpus-per-node=0", "--cpus-per-task=1", "--array=0-0"],
+    )
+    slurm.wait(f"{job}_0", "COMPLETED")
+    rows = list(csv.DictReader((tmp_path / "search-lr" / "results.csv").open()))
+    assert sorted((row["trial"], row["state"]) for row in rows) == [("0", "complete"), ("1", "complete")]
+
+
 def same(run, result, expected):
     """Hold a run's checkpoint and result against another's, bit for bit."""
     state, other = (

@@ -15,6 +15,7 @@ from tests import runs
 
 pytestmark = pytest.mark.unit
 
+SEARCH = ["search=random", "search.name=lr"]
 PRELUDE = "set -euo pipefail"
 
 
@@ -36,7 +37,10 @@ def options(text):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults_give_the_script_itself(script):
     array = {"array": "0-5"} if script == "sweep" else {}
-    assert submit([], script=script, dry_run=True, **array) == text_of(script)
+    text = submit(SEARCH if script == "search" else [], script=script, dry_run=True, **array)
+    if script == "search":
+        text = text.replace(f"set -- {' '.join(SEARCH)}\n", "")
+    assert text == text_of(script)
 
 
 def test_options_replace_their_lines_and_add_others():
@@ -113,7 +117,7 @@ def test_a_sweep_has_a_task_for_each_job_unless_told():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sbatch_takes_what_is_rendered(slurm, script):
-    typed = ["norm=batch,sync"] if script == "sweep" else ["norm=sync"]
+    typed = {"sweep": ["norm=batch,sync"], "search": SEARCH}.get(script, ["norm=sync"])
     text = submit(typed, script=script, dry_run=True, nodes="1", time="10", gpus_per_node="2", cpus_per_task="2")
     done = slurm.run("sbatch", "--test-only", stdin=text)
     assert done.returncode == 0, done.stderr
@@ -133,6 +137,22 @@ WRONG = [
     (["--sbatch=qos=high", "--"], "--sbatch='qos=high' is no long option of sbatch", "--sbatch=--qos=high"),
     (["--nods=2"], "unrecognized arguments: --nods=2", "distnorm"),
     (["--script=trian"], "invalid choice: 'trian'", "'train', 'sweep', 'torchrun'"),
+    (["--", "search=random"], "search.kind=random is a search of many runs", "Use --script search"),
+    (["--script=torchrun", "--", "search=asha"], "search.kind=asha", "leave out search=…"),
+    (["--script=sweep", "--", "search=random"], "search.kind=random", "Use --script search"),
+    (["--script=search", "--", "norm=sync"], "there is none", "Add search=random"),
+    (["--script=search", "--", "search=random", "seed=1,2"], "seed=1,2 is 2 runs", "Give one value a key"),
+    (
+        ["--script=search", "--", "search=random", "optimizer.lr=1"],
+        "optimizer.lr is searched",
+        "Leave optimizer.lr=1 out",
+    ),
+    (["--script=search", "--nodes=2", "--", "search=random"], "--nodes=2: a search is one task", "--array=0-3"),
+    (["--script=search", "--ntasks-per-node=4", "--", "search=random"], "--ntasks-per-node=4", "search.workers=4"),
+    (["--nodes=two"], "--nodes='two' must be a whole number", "--nodes=2"),
+    (["--nodes=0"], "--nodes='0' must be a whole number of at least 1", "--nodes=2"),
+    (["--cpus-per-task=1.5"], "--cpus-per-task='1.5'", "--cpus-per-task=2"),
+    (["--time="], "--time='' is empty", "leave --time out"),
 ]
 
 

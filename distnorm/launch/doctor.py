@@ -85,16 +85,25 @@ def find_run(asked: Sequence[str], config: Path = CONFIG, environ: Mapping[str, 
         Its folder; `None` where it has ended before it had one.
 
     Raises:
-        ConfigError: the overrides are wrong.
+        ConfigError: the overrides are wrong, or a folder is named that is no run's.
     """
     if len(asked) == 1 and (Path(asked[0]) / "ranks").is_dir():
         return RunFolder(Path(asked[0]).resolve())
+    if len(asked) == 1 and _is_path(asked[0]):
+        raise ConfigError(
+            f"{asked[0]} is no run's folder: there is no {Path(asked[0]) / 'ranks'}. "
+            "Give one, e.g. runs/<run>, or runs_dir=… for the newest there."
+        )
     runs = Path(_composed([change for change in asked if change.startswith("runs_dir=")], config).runs_dir)
     job = job_name(environ) if "SLURM_JOB_ID" in environ else None
     found = [path for path in runs.glob(f"{job}-*" if job else "*") if (path / "ranks").is_dir()]
     if job:
         found += [path for path in runs.glob("sweep-*/jobs/*") if failures.job_of(RunFolder(path)) == job]
     return RunFolder(max(found, key=lambda path: (path / "ranks").stat().st_mtime).resolve()) if found else None
+
+
+def _is_path(typed: str) -> bool:
+    return "=" not in typed and not typed.startswith("~") and ("/" in typed or Path(typed).exists())
 
 
 def after(asked: Sequence[str], config: Path = CONFIG) -> str:

@@ -14,11 +14,14 @@ from distnorm import sweep
 from distnorm.errors import ConfigError
 from distnorm.launch import overrides as mistakes
 from distnorm.launch.compose import composed
+from distnorm.search import design as search
+from distnorm.search import folder as search_folder
 from distnorm.settings import Settings
 
-SCRIPTS = ("train", "sweep", "torchrun")
+SCRIPTS = ("train", "sweep", "torchrun", "search")
 _CONF = Path("conf") / "train.yaml"
 _ANSWER_S = 60
+_WHOLE = ("--nodes", "--ntasks-per-node", "--cpus-per-task")
 
 
 def submit(
@@ -29,46 +32,50 @@ def submit(
     sbatch: Sequence[str] = (),
     **options: str,
 ) -> str:
-    """Submit a run, or a sweep as an array, from the project's folder; does not wait for it.
+    """Submit a run, a sweep as an array, or a search, from the project's folder; does not wait for it.
 
     Args:
         overrides: what `train.py` is given.
-        script: `train` (srun starts the ranks), `sweep` (an array, a job a task) or `torchrun`.
+        script: `train` (srun starts the ranks), `sweep` (an array, a job a task), `torchrun`, or `search`.
         dry_run: give the script, and submit nothing.
         sbatch: any other options of sbatch, as typed: `--qos=high`, `--exclusive`.
         options: options of sbatch by name: `nodes="4"`, `ntasks_per_node="8"`. One task a device: of tasks and GPUs a
-            node one number is enough, except under torchrun; `gpus_per_node="0"` is a job without GPUs. The `array` of
-            a sweep is counted from the overrides.
+            node one number is enough, except for torchrun and a search, whose one task starts the ranks;
+            `gpus_per_node="0"` is a job without GPUs. The `array` of a sweep is counted from the overrides.
 
     Returns:
-        The script, or the job's id, its log and its run folder, a line each.
+        The script, or the job's id, its log and its folder, a line each.
 
     Raises:
-        ConfigError: an override names nothing, the settings are not good on so many ranks, or sbatch refuses.
+        ConfigError: an override names nothing, an option is no number, the settings are not good on so many ranks or
+            not what the script runs, or sbatch refuses.
     """
     path = Path("slurm") / f"{script}.sbatch"
     if not (path.is_file() and _CONF.is_file()):
         raise ConfigError(f"There is no {path} and {_CONF} in {Path.cwd()}. Submit from the project's folder.")
     jobs = multiplied(overrides)
     if len(jobs) > 1 and script != "sweep":
-        raise ConfigError(
-            f"{' '.join(overrides)} is {len(jobs)} runs, and slurm/{script}.sbatch is one. Use --script sweep."
-        )
+        remedy = "Give one value a key; search.space has ranges." if script == "search" else "Use --script sweep."
+        raise ConfigError(f"{' '.join(overrides)} is {len(jobs)} runs, and slurm/{script}.sbatch is one. {remedy}")
     asked = {"--" + name.replace("_", "-"): value for name, value in options.items()}
+    _check_options(asked)
     if script == "sweep":
         asked.setdefault("--array", f"0-{len(jobs) - 1}")
-    if script != "torchrun":
+    if script in ("train", "sweep"):
         _pair_tasks_and_gpus(asked)
     text = render(path.read_text(), asked | _parted(sbatch), overrides)
-    settings = [composed(_CONF, ["trainer=slurm", *job]) for job in jobs]
+    first = "trainer.ranks_from=local" if script == "search" else "trainer=slurm"
+    settings = [composed(_CONF, [first, *job]) for job in jobs]
     for one in settings:
-        _check(one, text)
+        _check(one, text, script, overrides)
     if dry_run:
         return text
     job = _sbatch(text)
     log = str(_value(text, "--output")).replace("%j", job).replace("%A", job).replace("%a", "*")
     folder = Path(settings[0].runs_dir) / f"slurm-{job}-0"
-    if script == "sweep":
+    if script == "search":
+        folder = search_folder.locate(search.read(settings[0].search or {}), settings[0])
+    elif script == "sweep":
         folder = sweep.plan([*zip(settings, jobs, strict=True)], Path(settings[0].runs_dir))[0].run.path.parents[1]
     return f"job  {job}\nlog  {log}\nrun  {folder}"
 
@@ -141,17 +148,50 @@ def _value(text: str, name: str) -> str | None:
     return found.group(1) if found else None
 
 
-def _check(settings: Settings, text: str) -> None:
-    """Let the policy decide for as many ranks as the script starts, where it says how many."""
+def _check_options(asked: Mapping[str, str]) -> None:
+    for name, value in asked.items():
+        if not value.strip():
+            raise ConfigError(f"{name}={value!r} is empty. Give a value, or leave {name} out: the script has its own.")
+        if name in _WHOLE and not re.fullmatch(r"0*[1-9][0-9]*", value):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least 1. Use e.g. {name}=2")
+
+
+def _check(settings: Settings, text: str, script: str, overrides: Sequence[str]) -> None:
+    """Hold settings against the script, and let the policy decide for its ranks where it says how many."""
     if settings.study is not None:
         raise ConfigError(
             "This experiment is a study of many runs, and starts their ranks itself. Start it with: python train.py …"
+        )
+    if script == "search":
+        _check_search(settings, text, overrides)
+        return
+    if settings.search is not None:
+        raise ConfigError(
+            f"search.kind={settings.search['kind']} is a search of many runs, and slurm/{script}.sbatch starts the "
+            "ranks of one. Use --script search, or leave out search=…"
         )
     per_node = _value(text, "--gpus-per-node" if "torch.distributed.run" in text else "--ntasks-per-node") or ""
     nodes, tasks = _value(text, "--nodes") or "", per_node.rpartition(":")[2]
     if nodes.isdigit() and tasks.isdigit():
         world = int(nodes) * int(tasks)
         settings.with_batches(world).decide(world, int(tasks))
+
+
+def _check_search(settings: Settings, text: str, overrides: Sequence[str]) -> None:
+    if settings.search is None:
+        raise ConfigError(
+            "slurm/search.sbatch is for a search, and there is none. Add search=random, or leave out --script."
+        )
+    search.check_free(search.read(settings.search), list(overrides))
+    for name in ("--nodes", "--ntasks-per-node"):
+        if (_value(text, name) or "1") != "1":
+            raise ConfigError(
+                f"{name}={_value(text, name)}: a search is one task on one node. "
+                "Use --array=0-3 for four jobs that take part, or search.workers=4."
+            )
+    devices = settings.trainer.devices
+    if devices != "auto":
+        settings.with_batches(devices).decide(devices, devices)
 
 
 def _sbatch(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 
 from distnorm.errors import ConfigError, DistNormError
-from distnorm.launch import overrides
+from distnorm.launch import overrides, signals
 from distnorm.launch.compose import completed
 from distnorm.launch.endings import RunInterruptedError
 from distnorm.launch.run_dir import RunFolder, write_whole
@@ -109,10 +109,11 @@ class Conductor:
         self._started = time.monotonic()
 
     @contextlib.contextmanager
-    def told_by(self, *signals: signal.Signals) -> Iterator[None]:
+    def told_by(self, *numbers: signal.Signals) -> Iterator[None]:
         """Stop at these signals: ask the trials that run to save and end, and begin no other."""
-        before = {number: signal.signal(number, self._tell) for number in signals}
+        before = {number: signal.signal(number, self._tell) for number in numbers}
         try:
+            self.is_told |= signals.heard() is not None  # one that came earlier, as in a job while all is loaded
             yield
         finally:
             for number, handler in before.items():

@@ -106,18 +106,19 @@ class SearchFolder:
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def locate(design: Design, base: Settings) -> Path:
+    """Name a search's folder."""
+    digest = hashlib.sha256(json.dumps(_about(design, base), sort_keys=True).encode()).hexdigest()[:10]
+    return (Path(base.runs_dir) / f"search-{design.name or digest}").resolve()
+
+
 def open_search(design: Design, base: Settings, command: Sequence[str]) -> SearchFolder:
     """Make a search's folder, or find it: the same search goes on in the same.
 
     Raises:
         ConfigError: the folder of that name is another search's.
     """
-    about = {
-        "search": design.model_dump(exclude=_NOT_OF_THE_SEARCH),
-        "settings": base.model_dump(exclude={"search", "runs_dir", "logger"}),
-    }
-    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:10]
-    folder = SearchFolder((Path(base.runs_dir) / f"search-{design.name or digest}").resolve())
+    about, folder = _about(design, base), SearchFolder(locate(design, base))
     file = folder.path / "search.json"
     if file.exists():
         _check_same(json.loads(file.read_text()), about, design)
@@ -132,6 +133,13 @@ def results(outcomes: Mapping[int, Outcome], design: Design) -> dict[int, Result
     """Give the results that the next round is drawn by."""
     sign = 1 if design.mode == "min" else -1
     return {n: Result(o.values, None if o.value is None else sign * o.value) for n, o in outcomes.items()}
+
+
+def _about(design: Design, base: Settings) -> dict[str, Any]:
+    return {
+        "search": design.model_dump(exclude=_NOT_OF_THE_SEARCH),
+        "settings": base.model_dump(exclude={"search", "runs_dir", "logger"}),
+    }
 
 
 def _check_same(there: Mapping[str, Any], asked: Mapping[str, Any], design: Design) -> None:
