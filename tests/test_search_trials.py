@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import time
 
 import pytest
 
@@ -70,11 +71,20 @@ def test_a_killed_search_goes_on_without_losing_or_repeating_a_trial(tmp_path, c
     assert values == {n: (o.values, o.value) for n, o in whole.outcomes().items()}
 
 
+def conducted_together(folder, choice, meeting):
+    (meeting / str(os.getpid())).touch()
+    while len(list(meeting.iterdir())) < 3:  # a process that comes late would find all done
+        time.sleep(0.005)
+    conducted(folder, choice)
+
+
 @pytest.mark.parametrize("choice", ["random", "coarse_to_fine"])
 def test_processes_share_a_search_and_each_trial_is_run_once(tmp_path, choice):
-    processes = [in_process(conducted, tmp_path, choice) for _ in range(3)]
+    folder, meeting = tmp_path / "searches", tmp_path / "meeting"
+    meeting.mkdir()
+    processes = [in_process(conducted_together, folder, choice, meeting) for _ in range(3)]
     assert [ended(process) for process in processes] == [0, 0, 0]
-    (path,) = tmp_path.iterdir()
+    (path,) = folder.iterdir()
     assert sorted(begun(path)) == list(range(25))
     owners = {json.loads(file.read_text())["pid"] for file in path.glob("trials/*/claim.0")}
     assert len(owners) > 1
