@@ -1,9 +1,10 @@
 """Ways in which the plain stack goes wrong without a word, each shown beside ours: that one fails, this one does not.
 
-Numbered as they were found. Others have tests of their own: 2 (a requeue that deadlocks) and 6 (a resume that repeats
-samples) in `test_preemption.py` and `test_exact_resume.py`.
+Numbered as they were found. 2, a requeue that deadlocks where ranks are skewed, has `test_preemption.py` and, on a real
+SLURM, `test_campaign.py`: the plain stack's side of it is a hang.
 """
 
+import contextlib
 import importlib
 import random
 import subprocess
@@ -18,7 +19,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 
 import distnorm
 from distnorm import checkpoint, collectives, population
@@ -29,7 +30,7 @@ from distnorm.launch import ranks as launch_ranks
 from distnorm.launch import run_dir
 from distnorm.launch.trainer import make_ddp
 from distnorm.spec import NormSpec
-from tests import logged, ranks, runs
+from tests import interrupted, logged, ranks, runs
 
 pytestmark = pytest.mark.unit
 
@@ -95,6 +96,55 @@ def test_5_one_task_for_two_devices_is_refused_where_half_the_data_went_unseen(m
         num_samples=16, device_batch=4, rank=found.rank, world_size=found.world_size, seed=0, shuffle=False
     )
     assert {sample for batch in sampler for _, sample in batch} == set(range(16))
+
+
+class Notes(BoringModel):
+    """Notes the samples that it was trained on, and saves and breaks off after some step."""
+
+    def __init__(self, stop_at, path):
+        super().__init__()
+        self.seen, self._stop_at, self._path = [], stop_at, path
+
+    def training_step(self, batch, batch_idx):
+        self.seen += batch[:, 0].int().tolist()
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx + 1 == self._stop_at:
+            self.trainer.save_checkpoint(self._path)
+            raise InterruptedError
+
+    def train_dataloader(self):
+        samples = torch.zeros(16, 32)
+        samples[:, 0] = torch.arange(16)
+        return DataLoader(samples, batch_size=2, shuffle=True)
+
+
+def plain_samples(path, stop_at=None, resumed_from=None):
+    """The samples of one epoch, or of its rest, as the plain stack deals them."""
+    pl.seed_everything(0, verbose=False)
+    module = Notes(stop_at, path)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)
+    with contextlib.suppress(InterruptedError):
+        trainer.fit(module, ckpt_path=resumed_from)
+    return module.seen
+
+
+def test_6_a_resumed_epoch_sees_every_sample_once(tmp_path):
+    """The plain stack deals the rest of the epoch from a new shuffle's beginning: samples come twice, others never."""
+    path = tmp_path / "plain.ckpt"
+    plain = plain_samples(path, stop_at=3) + plain_samples(path, resumed_from=path)
+    assert len(plain) == 16
+    assert len(set(plain)) < 16
+    small = ["data.device_batch=112", "trainer.max_epochs=1"]
+    *_, first = interrupted.in_pool_drawing(tmp_path / "first", 1, *small, stop_at=3)
+    *_, rest = interrupted.in_pool_drawing(
+        tmp_path / "rest", 1, *small, f"ckpt_path={interrupted.last(tmp_path / 'first')}"
+    )
+    ours = [pair for drawn in (*first, *rest) for pair in drawn]
+    assert len(first[0]) == 3 * 112
+    assert len(ours) == len(set(ours)) == 8 * 112
 
 
 class KeepsConfig(BoringModel):
