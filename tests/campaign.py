@@ -174,14 +174,16 @@ def bytes_of(value):
 
 
 def process_of(job, rank):
-    """The process of a job's rank on this machine: the first that has its number and runs train.py."""
+    """The process of a job's rank on this machine; the batch script's srun has rank 0's number too."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                environment = (entry / "environ").read_bytes().split(b"\0")
-                wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-                if wanted <= set(environment) and b"train.py" in (entry / "cmdline").read_bytes():
+                command, environment = (
+                    set((entry / file).read_bytes().split(b"\0")) for file in ("cmdline", "environ")
+                )
+                if b"train.py" in command and b"srun" not in command and wanted <= environment:
                     found.append(int(entry.name))
     return min(found)
 
