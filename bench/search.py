@@ -137,6 +137,8 @@ def draw(found: Found, folder: Path) -> None:
             label = f"{_words(kind)}, mean of {len(curves)}"
             axes.step(range(1, len(together) + 1), together, where="post", color=colour, linewidth=2, label=label)
         axes.set_yscale("log")
+        for each in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            each("{x:g}")
         axes.set_xlabel("trials")
         axes.set_ylabel("best validation loss so far")
         axes.legend()
