@@ -9,7 +9,7 @@ pytestmark = pytest.mark.run
 
 @pytest.fixture(scope="module")
 def campaign(slurm, tmp_path_factory):
-    return Campaign(slurm, tmp_path_factory.mktemp("campaign"), steps=120)
+    return Campaign(slurm, tmp_path_factory.mktemp("campaign"))
 
 
 @pytest.mark.parametrize("times", ["0", "-1", "ten"])
