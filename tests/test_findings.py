@@ -180,11 +180,15 @@ time.sleep(60)
 """
 
 
+FLUSHED_EVERY_S = 15
+
+
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """wandb's file of a plain run and of ours, as they are 2 s after 30 rows: what SIGKILL leaves."""
+    """A plain run's wandb file and ours, as they are 2 s after 30 rows, what SIGKILL leaves; the plain one's age."""
     plain, ours = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("ours")
     mine = logged.start(ours, "offline", 30, "hang")
+    started, ages = time.monotonic(), []
     theirs = subprocess.Popen([sys.executable, "-c", PLAIN_WANDB, plain], stdout=subprocess.PIPE, text=True)
     left = []
     for process, folder in ((theirs, plain), (mine, ours / "run")):
@@ -194,8 +198,9 @@ def killed(tmp_path_factory):
             [file] = folder.glob("wandb/offline-*/*.wandb")
             left.append(folder / file.name)
             left[-1].write_bytes(file.read_bytes())  # nothing that wandb's own process may add when it sees the kill
+            ages.append(time.monotonic() - started)
             process.kill()
-    return left
+    return *left, ages[0]
 
 
 def losses(file):
@@ -203,8 +208,9 @@ def losses(file):
 
 
 def test_8_a_killed_run_keeps_its_numbers_in_wandbs_file(killed):
-    plain, ours = killed
-    assert len(plain.read_bytes()) < 100
+    plain, ours, age_s = killed
+    if age_s < FLUSHED_EVERY_S:  # else, on a loaded machine, the plain one has been flushed by now
+        assert len(plain.read_bytes()) < 100
     assert len(losses(ours)) == 30
 
 
