@@ -194,7 +194,7 @@ def test_a_job_that_runs_elsewhere_is_left_alone_until_that_process_is_gone(jobs
     assert training.ran == EVERY[1:2]
     assert "runs elsewhere" in capsys.readouterr().out
     with pytest.raises(SweepError, match=r"Job 0, norm=batch,data.device_batch=2, runs in another(.|\n)*cancel it"):
-        sweep.conduct(jobs, training, TASK_0)
+        sweep.conduct(jobs[:1], training, TASK_0)  # a sweep of one job too
     other.kill()
     other.join()
     sweep.conduct(jobs[:2], training, {})

@@ -53,7 +53,7 @@ def conduct(jobs: Sequence[Job], start: Start, environ: Mapping[str, str] = os.e
         rows = results.collect(jobs)
         results.write(rows, folder)
         results.show(rows, folder)
-    if elsewhere and len(mine) < len(jobs):  # other ranks wait for this one: it must not end well
+    if elsewhere and "SLURM_ARRAY_TASK_ID" in environ:  # other ranks wait for this one: it must not end well
         raise SweepError(
             f"Job {mine[0].number}, {mine[0].name}, runs in another process already. "
             "Wait for it, or cancel it; then requeue this task."
