@@ -9,6 +9,7 @@ from torch import nn
 from distnorm.errors import ConfigError
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
+from distnorm.norms.quantizing import refuse_fusing
 from distnorm.norms.renorm import BatchRenorm
 from distnorm.norms.response import FilterResponseNorm
 from distnorm.norms.sample import GroupNorm, Identity
@@ -25,6 +26,9 @@ OF_POSITIONS = frozenset({"group", "group_ws", "instance", "response"})
 """Kinds that need more than one value a channel."""
 
 register_norm(FrozenBatchNorm, frozen=True)
+for _cls in (SyncBatchNorm, GhostBatchNorm, BatchRenorm, FrozenBatchNorm, FilterResponseNorm, GroupNorm, Identity):
+    refuse_fusing(_cls)
+refuse_fusing(nn.GroupNorm, STANDARDIZED.values())
 
 
 def channels_of(module: nn.Module) -> int:

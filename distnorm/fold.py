@@ -12,7 +12,7 @@ from distnorm.changes import channels_of, to_identity
 from distnorm.conversion import Snapshot, aligned
 from distnorm.errors import ConfigError
 from distnorm.flow import PRODUCERS, Flow, is_hooked, tied_parameters, traced, watched, why_not
-from distnorm.norms.surgery import after_of, check_model, find_batch_norms, source_of
+from distnorm.norms.surgery import after_of, become, check_model, find_batch_norms, source_of
 from distnorm.norms.weight import STANDARDIZED, standardized, standardized_transposed
 
 _ONE_PATH = "torch.fx could not trace the model: only the path of the example was checked"
@@ -192,7 +192,7 @@ def _merge(layer: Any, norm: Any) -> None:
         wide = layer.weight.double()
         filters = standardized_transposed(wide, layer.groups) if layer.transposed else standardized(wide)
         layer.weight.data = filters.to(layer.weight.dtype)
-        layer.__class__ = _PLAIN[type(layer)]
+        become(layer, _PLAIN[type(layer)])
     scale_C = (norm.running_var.double() + getattr(norm, "eps", 0.0)).rsqrt()  # torchvision's first had no eps
     if norm.weight is not None:
         scale_C = scale_C * norm.weight.double()
@@ -205,7 +205,7 @@ def _merge(layer: Any, norm: Any) -> None:
         layer.bias.data = bias_C.to(layer.bias.dtype)
     to_identity(norm)
     if not after_of(norm):
-        norm.__class__ = nn.Identity
+        become(norm, nn.Identity)
 
 
 def _along_filters(layer: Any, scale_C: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ShapeError
+from distnorm.norms.leaf import TracedAsLeaf
+from distnorm.norms.quantizing import check_not_quantized
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
 OF_ONE_STEP = ("_rank_rows", "_passes")
@@ -36,6 +38,7 @@ def check_input(layer: Any, x: Tensor) -> None:
             "num_features of its input.",
         )
     if not x.is_floating_point():
+        check_not_quantized(name, x)
         raise ShapeError(
             f"{name} got an input of {x.dtype}; it normalizes floating-point values. Give it input.float().",
         )
@@ -48,7 +51,7 @@ def followed(layer: Any, y: Tensor) -> Tensor:
     return y
 
 
-class AbstractBatchStatisticsNorm(_BatchNorm):
+class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
     """A batch norm whose statistics come from more, or fewer, samples than one device's batch.
 
     Subclasses torch's own base class, so that FSDP, SWA and `update_bn` treat it as a batch norm, and keeps its

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm.norms.base import check_input, followed
+from distnorm.norms.leaf import TracedAsLeaf
 
 
-class FrozenBatchNorm(nn.Module):
+class FrozenBatchNorm(TracedAsLeaf, nn.Module):
     """Scale and shift each channel by constants: a batch norm whose statistics and affine part stay as they are.
 
         y = (x - running_mean) / sqrt(running_var + eps) * weight + bias

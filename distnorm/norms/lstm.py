@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm.errors import ShapeError
+from distnorm.norms.leaf import TracedAsLeaf
 from distnorm.norms.recurrent import RecurrentBatchNorm
 
 State = tuple[Tensor, Tensor]
 
 
-class BatchNormLSTMCell(nn.Module):
+class BatchNormLSTMCell(TracedAsLeaf, nn.Module):
     """One step of an LSTM whose two matrix products, and whose output, are batch normalized.
 
         i, f, g, o = BN(W_ih x) + BN(W_hh h) + bias

@@ -12,9 +12,10 @@ from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import statistics_dtype
 from distnorm.norms.base import check_input, followed, name_in_words
 from distnorm.norms.kernels import wide
+from distnorm.norms.leaf import TracedAsLeaf
 
 
-class FilterResponseNorm(nn.Module):
+class FilterResponseNorm(TracedAsLeaf, nn.Module):
     """Divide each channel of each sample by its root mean square over the positions.
 
         y = x / sqrt(mean(x²) + |eps|) * weight + bias
@@ -97,7 +98,7 @@ class FilterResponseNorm(nn.Module):
         return followed(self, y.to(input.dtype))
 
 
-class ThresholdedLinearUnit(nn.Module):
+class ThresholdedLinearUnit(TracedAsLeaf, nn.Module):
     """Cut each channel off below a threshold that it learns.
 
         z = max(y, tau)

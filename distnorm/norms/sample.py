@@ -15,9 +15,10 @@ Legend: N samples, C channels, * positions.
 from torch import Tensor, nn
 
 from distnorm.norms.base import followed
+from distnorm.norms.leaf import TracedAsLeaf
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(TracedAsLeaf, nn.GroupNorm):
     """`nn.GroupNorm`, and the activation of a batch norm that had one built in.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -46,7 +47,7 @@ class GroupNorm(nn.GroupNorm):
         return followed(self, super().forward(input))
 
 
-class Identity(nn.Module):
+class Identity(TracedAsLeaf, nn.Module):
     """No normalization; what followed it stays.
 
     The output is a copy, as a norm's is: `nn.ReLU(inplace=True)` after it may not reach what a residual keeps.

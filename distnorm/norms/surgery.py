@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ConfigError
 from distnorm.norms.base import OF_ONE_STEP
+from distnorm.norms.leaf import AS_TORCHS, TracedAsLeaf
 
 
 @dataclass(frozen=True)
@@ -197,8 +198,10 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     after = after_of(module)
     module.__class__ = cls
     # torch's synchronized layer holds a process group, and ours what belongs to one step: nothing could copy them
-    for name in ("process_group", "layer_name", *_OF_A_KIND, *OF_ONE_STEP):
+    for name in ("process_group", "layer_name", *_OF_A_KIND, *OF_ONE_STEP, *AS_TORCHS):
         module.__dict__.pop(name, None)
+    if issubclass(cls, TracedAsLeaf):
+        module.__dict__.update(AS_TORCHS)
     if after:
         module.__dict__["after"] = after
     module.__dict__.update(attributes)

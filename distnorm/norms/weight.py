@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distnorm.norms.leaf import TracedAsLeaf
+from distnorm.norms.quantizing import check_not_quantized
+
 
 def standardized(weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Standardize each output filter.
@@ -65,7 +68,7 @@ def standardized_transposed(weight: Tensor, groups: int = 1, eps: float = 1e-5) 
     return result
 
 
-class StandardizedConv1d(nn.Conv1d):
+class StandardizedConv1d(TracedAsLeaf, nn.Conv1d):
     """`nn.Conv1d` with standardized filters.
 
     Shape: input [N, I, L]; output [N, O, L'].
@@ -80,11 +83,12 @@ class StandardizedConv1d(nn.Conv1d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        check_not_quantized(type(self).__name__, input)
         output: Tensor = super()._conv_forward(input, standardized(weight), bias)
         return output
 
 
-class StandardizedConv2d(nn.Conv2d):
+class StandardizedConv2d(TracedAsLeaf, nn.Conv2d):
     """`nn.Conv2d` with standardized filters.
 
     Shape: input [N, I, H, W]; output [N, O, H', W'].
@@ -99,11 +103,12 @@ class StandardizedConv2d(nn.Conv2d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        check_not_quantized(type(self).__name__, input)
         output: Tensor = super()._conv_forward(input, standardized(weight), bias)
         return output
 
 
-class StandardizedConv3d(nn.Conv3d):
+class StandardizedConv3d(TracedAsLeaf, nn.Conv3d):
     """`nn.Conv3d` with standardized filters.
 
     Shape: input [N, I, D, H, W]; output [N, O, D', H', W'].
@@ -118,11 +123,12 @@ class StandardizedConv3d(nn.Conv3d):
     """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        check_not_quantized(type(self).__name__, input)
         output: Tensor = super()._conv_forward(input, standardized(weight), bias)
         return output
 
 
-class StandardizedConvTranspose1d(nn.ConvTranspose1d):
+class StandardizedConvTranspose1d(TracedAsLeaf, nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` with standardized filters, each an output channel's over the input channels of its group.
 
     Shape: input [N, I, L]; output [N, O, L'].
@@ -141,7 +147,7 @@ class StandardizedConvTranspose1d(nn.ConvTranspose1d):
         return _convolve_transposed(self, functional.conv_transpose1d, input, output_size)
 
 
-class StandardizedConvTranspose2d(nn.ConvTranspose2d):
+class StandardizedConvTranspose2d(TracedAsLeaf, nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` with standardized filters, each an output channel's over the input channels of its group.
 
     Shape: input [N, I, H, W]; output [N, O, H', W'].
@@ -160,7 +166,7 @@ class StandardizedConvTranspose2d(nn.ConvTranspose2d):
         return _convolve_transposed(self, functional.conv_transpose2d, input, output_size)
 
 
-class StandardizedConvTranspose3d(nn.ConvTranspose3d):
+class StandardizedConvTranspose3d(TracedAsLeaf, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` with standardized filters, each an output channel's over the input channels of its group.
 
     Shape: input [N, I, D, H, W]; output [N, O, D', H', W'].
@@ -182,6 +188,7 @@ class StandardizedConvTranspose3d(nn.ConvTranspose3d):
 def _convolve_transposed(
     conv: Any, convolve: Callable[..., Tensor], x: Tensor, output_size: list[int] | None
 ) -> Tensor:
+    check_not_quantized(type(conv).__name__, x)
     weight, dimensions = standardized_transposed(conv.weight, conv.groups), len(conv.kernel_size)
     sizes = conv.stride, conv.padding, conv.kernel_size, dimensions, conv.dilation
     output_padding = conv._output_padding(x, output_size, *sizes)  # noqa: SLF001

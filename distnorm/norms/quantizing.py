@@ -1,0 +1,60 @@
+"""Quantization knows torch's own layers alone: the message where a converted one meets `torch.ao`."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.ao.quantization import fuser_method_mappings
+
+from distnorm.errors import ConfigError, ShapeError
+
+_REMEDY = (
+    "Call conversion.revert() before prepare() and fuse_modules(); a trained model may be folded instead: "
+    "distnorm.fold(model)."
+)
+_PRODUCERS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+def check_not_quantized(name: str, x: Tensor) -> None:
+    """Refuse what the layers that `torch.ao.quantization.convert` made give out.
+
+    Raises:
+        ShapeError: the input is quantized.
+    """
+    if x.is_quantized:
+        raise ShapeError(
+            f"{name} got an input of {x.dtype}; it computes with floating-point values, and torch.ao quantizes torch's "
+            f"own layers alone.\n{_REMEDY}"
+        )
+
+
+def refuse_fusing(norm: type[nn.Module], producers: Iterable[type[nn.Module]] = _PRODUCERS) -> None:
+    """Let `torch.ao.quantization.fuse_modules` name the remedy where it is given a layer of distnorm.
+
+    Its own error names the classes only. The entries are additional ones: no pair of torch's own layers is among them.
+    Where torch keeps its table elsewhere, its error stays.
+
+    Args:
+        norm: comes second.
+        producers: come first.
+    """
+    methods: dict[Any, Any] = getattr(fuser_method_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
+    for producer, rest in itertools.product(producers, ((), (nn.ReLU,))):
+        methods.setdefault((producer, norm, *rest), _refuse)
+
+
+def _refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:
+    verb = "fuse_modules_qat" if is_qat else "fuse_modules"
+    raise ConfigError(
+        f"{verb}() got {', '.join(type(module).__name__ for module in modules)}: torch.ao fuses torch's own layers alone, "
+        f"and convert() made one of these.\n{_REMEDY}"
+    )
