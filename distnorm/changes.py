@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ConfigError
+from distnorm.norms.constants import eps_of
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.quantizing import refuse_fusing
@@ -16,7 +18,7 @@ from distnorm.norms.sample import GroupNorm, Identity
 from distnorm.norms.surgery import after_of, become, register_norm, source_of
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
-from distnorm.spec import NormSpec, group_count
+from distnorm.spec import BATCH_KINDS, NormSpec, group_count
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("momentum", "track_running_stats")
@@ -36,7 +38,8 @@ def channels_of(module: nn.Module) -> int:
     for attribute in ("num_features", "num_channels", "out_channels", "out_features"):
         if hasattr(module, attribute):
             return int(getattr(module, attribute))
-    return len(module.running_mean)  # type: ignore[arg-type]  # torchvision's constants
+    held = (getattr(module, name, None) for name in ("running_mean", "weight"))  # torchvision's constants
+    return next((len(tensor) for tensor in held if isinstance(tensor, torch.Tensor) and tensor.dim()), 0)
 
 
 def dimension_of(norm: nn.Module) -> str:
@@ -59,14 +62,6 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
         )
     if spec.groups < 1:
         raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
-
-
-def saw_no_batch(norm: nn.Module) -> bool:
-    """Tell whether running statistics are as they were built, 0 and 1, and have counted no batch."""
-    mean, var, batches = (getattr(norm, name, None) for name in _BUFFERS)
-    if mean is None or var is None or batches is None or mean.is_meta:
-        return False
-    return not batches.any() and not mean.any() and bool((var == 1).all())
 
 
 def to_standardized(conv: nn.Module, _: NormSpec) -> str:
@@ -172,7 +167,12 @@ def change(norm: nn.Module, spec: NormSpec, dimension: str) -> str:
         Why it is what it is now, in words.
     """
     own = suited(spec, dimension)
+    names_no_momentum = not hasattr(norm, "momentum") and not _is_constant(norm)
+    if not isinstance(norm, _BatchNorm | FrozenBatchNorm):
+        complete(norm)
     why = _CHANGES[own.kind](norm, own)
+    if names_no_momentum and own.kind in BATCH_KINDS and own.momentum is None:
+        why += "; momentum 0.1, since it named none"
     return why if own is spec else f"{why}: fed vectors, of which {spec.kind!r} would leave too little"
 
 
@@ -189,17 +189,29 @@ def thaw(norm: nn.Module) -> None:
     """Let a layer of constants learn again: weight and bias as parameters, batch norm's settings; others stay alone."""
     if not _is_constant(norm):
         return
+    complete(norm)
     for name in ("weight", "bias"):
         constant = norm._buffers.pop(name, None)  # noqa: SLF001
         if constant is not None:
             norm.register_parameter(name, nn.Parameter(constant.detach()))
         elif norm._parameters.get(name) is not None:  # noqa: SLF001
             norm._parameters[name].requires_grad_()  # type: ignore[union-attr]  # noqa: SLF001
-    if "num_batches_tracked" not in norm._buffers:  # noqa: SLF001
+
+
+def complete(norm: nn.Module) -> None:
+    """Give a norm whose class is not torch's the settings that it lacks; `eps` is what it computes with."""
+    for name in ("weight", "bias"):
+        if not hasattr(norm, name):
+            norm.register_parameter(name, None)
+    if "num_batches_tracked" not in norm._buffers and getattr(norm, "running_mean", None) is not None:  # noqa: SLF001
         mean: torch.Tensor = norm.running_mean  # type: ignore[assignment]
         norm.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=mean.device))
+    if not hasattr(norm, "eps"):
+        norm.__dict__["eps"] = eps_of(norm)
     settings = {"momentum": 0.1, "track_running_stats": True, "affine": norm.weight is not None}
-    norm.__dict__.update({"num_features": channels_of(norm)} | settings)
+    for name, value in ({"num_features": channels_of(norm)} | settings).items():
+        if not hasattr(norm, name):
+            norm.__dict__[name] = value
 
 
 def _is_constant(norm: nn.Module) -> bool:

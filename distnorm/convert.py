@@ -8,13 +8,13 @@ changes.
 
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Container, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import collectives
+from distnorm import collectives, trained, unseen
 from distnorm.before import Before
 from distnorm.biases import RemovedBias, redundant_biases
 from distnorm.changes import (
@@ -23,14 +23,14 @@ from distnorm.changes import (
     channels_of,
     check_change,
     dimension_of,
-    saw_no_batch,
     suited,
     to_standardized,
 )
 from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
 from distnorm.errors import ConfigError, divisors_in_words
-from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
-from distnorm.selection import Names, Selectors, check_override, override_of
+from distnorm.norms.surgery import check_known, check_model, source_of
+from distnorm.owners import Owners, look_for_norms
+from distnorm.selection import Names, Selectors, check_overrides, override_of, with_selection
 from distnorm.spec import BATCH_KINDS, NormSpec
 
 
@@ -40,10 +40,14 @@ def convert(
     include: Selectors | None = None,
     exclude: Selectors | None = None,
     remove_redundant_biases: bool = False,
+    *,
+    example: Any = None,
 ) -> Conversion:
     """Make every batch norm of `model` what `spec` says, in place.
 
-    A layer of constants (`FrozenBatchNorm`, torchvision's `FrozenBatchNorm2d`) stays, unless `spec.layers` names it.
+    A layer of constants (`FrozenBatchNorm`, those of detection libraries) stays, unless `spec.layers` names it. So does
+    a module that applies `F.batch_norm` itself, unless `spec.layers` has its very name. A norm whose owner reads its
+    attributes stays where the new layer would lack them, or never run. The table says so of each.
 
     Args:
         model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm`, timm's `BatchNormAct2d`, a class that
@@ -54,6 +58,9 @@ def convert(
         exclude: the layers that stay, though `include` has them; likewise. `None`: what `spec.exclude` says.
         remove_redundant_biases: take the biases away that a norm with batch statistics takes out again, right after
             the layer that adds them. They are named in `Conversion.redundant_biases` either way.
+        example: what the model is called with: a tensor, a tuple of arguments, or a mapping of named ones. The model
+            then runs once, in eval mode, and is left as it was: what its source does not show, of code without one, is
+            seen so.
 
     Returns:
         The record of what was changed; its `model` is the argument.
@@ -62,8 +69,8 @@ def convert(
 
     Raises:
         ConfigError: the model is wrapped in DDP or FSDP, compiled or scripted; a layer that is to change is lazy, or
-            has a forward of its own; there is no batch norm at all; a glob or a type finds none; or the decision was
-            made for other ranks than there are. Nothing is changed then.
+            has a forward of its own; there is no batch norm at all, or none that can change; a glob or a type finds
+            none; or the decision was made for other ranks than there are. Nothing is changed then.
 
     Example:
         >>> from distnorm import decide
@@ -76,9 +83,9 @@ def convert(
     """
     check_model(model, "convert")
     _check_spec(spec)
-    plan = _Plan.of(model, spec, include, exclude)
+    plan = _Plan.of(model, spec, include, exclude, example)
     _check_world(spec, plan.specs)
-    plan.warn_of_empty_constants()
+    trained.warn(plan.norms, plan.specs)
     return plan.carry_out(lambda _: remove_redundant_biases)
 
 
@@ -104,7 +111,6 @@ def normalization_layers(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, module
 
 
-_log = logging.getLogger(__name__)
 _Change = Callable[[nn.Module, NormSpec], str]
 
 
@@ -118,41 +124,41 @@ class _Plan:
     specs: dict[str, NormSpec]
     left: tuple[LeftLayer, ...]
     before: Before
+    owners: Owners
 
     @classmethod
-    def of(cls, model: nn.Module, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> "_Plan":
-        norms = find_batch_norms(model)
-        if not norms:
-            raise ConfigError(
-                f"convert() found no batch norm in {type(model).__name__}: there is nothing to decide.\n"
-                "Build the model with nn.BatchNorm1d/2d/3d layers, e.g. norm_layer=torch.nn.BatchNorm2d.",
-            )
+    def of(
+        cls,
+        model: nn.Module,
+        spec: NormSpec,
+        include: Selectors | None,
+        exclude: Selectors | None,
+        example: Any = None,
+    ) -> "_Plan":
+        norms, own, owners = look_for_norms(model, spec.layers, example)
         names = Names.of(model, norms)
-        spec = _with_selection(names, spec, include, exclude)
-        _check_overrides(names, spec)
+        spec = with_selection(names, spec, include, exclude)
+        check_overrides(names, spec)
         specs, left, before = {}, [], _look_before(model, list(norms.values()), spec)
+        stuck: dict[str, str] = {}
         for name, norm in norms.items():
             override = override_of(names, name, spec.layers)
             why = _why_left(names, name, norm, spec, is_named=bool(override))
+            if not why and name in own and name not in spec.layers:
+                why = stuck[name] = unseen.why_left(name, norm, own[name])
+            if not why:
+                (unseen.check_own if name in own else check_known)(name, norm)
+                of_layer = dataclasses.replace(spec, layers=override).of(name, before.dimension(norm))
+                check_change(name, norm, of_layer)
+                why = owners.why_left(norm, of_layer, before.dimension(norm))
+                if why:
+                    stuck[name] = why
+                else:
+                    specs[name] = of_layer
             if why:
                 left.append(LeftLayer(name, channels_of(norm), type(norm).__name__, why))
-                continue
-            check_known(name, norm)
-            specs[name] = dataclasses.replace(spec, layers=override).of(name, before.dimension(norm))
-            check_change(name, norm, specs[name])
-        return cls(model, spec, norms, specs, tuple(left), before)
-
-    def warn_of_empty_constants(self) -> None:
-        """Say once how many norms become constants that no batch has ever reached."""
-        frozen = [self.norms[name] for name, own in self.specs.items() if own.kind == "frozen"]
-        empty = sum(map(saw_no_batch, frozen))
-        if empty:
-            _log.warning(
-                "norm=frozen: %d of %d layers have seen no batch: constants 0 and 1, as if there were no norms. "
-                "Load the weights first.",
-                empty,
-                len(frozen),
-            )
+        unseen.report(model, stuck, nothing_else=not specs)
+        return cls(model, spec, norms, specs, tuple(left), before, owners)
 
     def carry_out(self, removes: Callable[[str], bool]) -> Conversion:
         """Change the model; if anything goes wrong, put back what was changed."""
@@ -205,6 +211,7 @@ class _Plan:
             if with_ws and convolution is not None:
                 changes.append((places[convolution][1], convolution, self.spec, to_standardized))
             note = f"; not standardized: {missing}" if with_ws and missing else ""
+            note += trained.note_of(norm, own) + self.owners.note_of(norm, own, dimension)
             changes.append((name, norm, own, functools.partial(_change, dimension, note)))
         return sorted(changes, key=lambda item: places[item[1]])
 
@@ -250,31 +257,6 @@ def _check_world(spec: NormSpec, specs: dict[str, NormSpec]) -> None:
                 f"layer {name!r} would share statistics over sync_ranks={own.sync_ranks}, that does not divide "
                 f"world_size={world}. Use {divisors_in_words(world)}."
             )
-
-
-def _with_selection(names: Names, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> NormSpec:
-    """Write into the decision which layers it is for, types as the names of the layers they stand for."""
-    included = names.resolve(spec.include if include is None else include, "include")
-    excluded = names.resolve(spec.exclude if exclude is None else exclude, "exclude")
-    if not included:
-        raise ConfigError(
-            "convert() got include=[], that selects no layer. Leave it out for all, or name some: include=['layer4']."
-        )
-    chosen = set().union(*map(names.covered_by, included)).difference(*map(names.covered_by, excluded))
-    if not chosen:
-        raise ConfigError(
-            f"include={list(included)} less exclude={list(excluded)} leaves no batch norm to convert.\n"
-            "Exclude fewer, or do not call convert()."
-        )
-    return dataclasses.replace(spec, include=included, exclude=excluded)
-
-
-def _check_overrides(names: Names, spec: NormSpec) -> None:
-    for dimension, override in spec.per_kind.items():
-        check_override(override, f"spec.per_kind[{dimension!r}]")
-    for glob, override in spec.layers.items():
-        names.check(glob, "spec.layers")
-        check_override(override, f"spec.layers[{glob!r}]")
 
 
 def _why_left(names: Names, name: str, norm: nn.Module, spec: NormSpec, *, is_named: bool) -> str:

@@ -6,7 +6,7 @@ Found by tracing the model with `torch.fx`, or by watching it run on a batch.
 import dataclasses
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from distnorm.errors import ConfigError
 from distnorm.feeding import fed_by_graph
 from distnorm.norms.surgery import looks_like_batch_norm, source_of
 from distnorm.norms.weight import STANDARDIZED
@@ -117,6 +118,37 @@ def watched(model: nn.Module, run: Callable[[], Any]) -> Flow:
         for handle in handles:
             handle.remove()
     return watch.flow
+
+
+def calling(model: nn.Module, example: Any) -> Callable[[], Any]:
+    """Make the function that runs a model on an example: a tensor, a tuple of arguments, or a mapping of named ones."""
+
+    def run() -> Any:
+        given = pytree.tree_map_only(Tensor, Tensor.clone, example)  # the model may work on it in place
+        with torch.no_grad():
+            if isinstance(given, Mapping):
+                return model(**given)
+            return model(*given) if isinstance(given, tuple | list) else model(given)
+
+    return run
+
+
+def first_output(verb: str, model: nn.Module, example: Any, run: Callable[[], Any]) -> Any:
+    """Run a model on its example.
+
+    Raises:
+        ConfigError: it fails on it.
+    """
+    try:
+        return run()
+    except Exception as error:
+        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+        given = f"shape {', '.join(map(str, shapes))}" if shapes else f"type {type(example).__name__}"
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"{verb}() could not run the model on example of {given}: {said}\n"
+            f"Give it what {type(model).__name__} is called with: a tensor, a tuple, or a mapping of names."
+        ) from error
 
 
 def certain_pairs(flows: list[Flow]) -> Iterator[tuple[nn.Module, nn.Module]]:

@@ -1,7 +1,7 @@
 """Merge batch norms into the layers before them, for inference."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch.utils import _pytree as pytree
 from distnorm.changes import channels_of, to_identity
 from distnorm.conversion import Snapshot, aligned
 from distnorm.errors import ConfigError
-from distnorm.flow import PRODUCERS, Flow, is_hooked, tied_parameters, traced, watched, why_not
-from distnorm.norms.surgery import after_of, become, check_model, find_batch_norms, source_of
+from distnorm.flow import PRODUCERS, Flow, calling, first_output, is_hooked, tied_parameters, traced, watched, why_not
+from distnorm.norms.constants import eps_of
+from distnorm.norms.surgery import after_of, become, check_model, computes_otherwise, find_batch_norms, source_of
 from distnorm.norms.weight import STANDARDIZED, standardized, standardized_transposed
 
 _ONE_PATH = "torch.fx could not trace the model: only the path of the example was checked"
@@ -83,14 +84,14 @@ def fold(model: nn.Module, example: Any = None) -> Folding:
     check_model(model, "fold")
     norms = find_batch_norms(model)
     _check_mode(model, norms)
-    run = None if example is None else _caller(model, example)
+    run = None if example is None else calling(model, example)
     flows = traced(model)
     if flows is None and run is None:
         raise ConfigError(
             f"fold() could not trace {type(model).__name__}: its forward decides on values.\n"
             "Give it a batch to watch the model with: fold(model, example=x)."
         )
-    before = None if run is None else _first_output(model, example, run)
+    before = None if run is None else first_output("fold", model, example, run)
     warning = _ONE_PATH if flows is None else ""
     flows = [watched(model, run)] if flows is None and run is not None else flows or []
     pairs, left = _sort_out(model, norms, flows)
@@ -126,30 +127,6 @@ def _check_mode(model: nn.Module, norms: dict[str, nn.Module]) -> None:
         )
 
 
-def _caller(model: nn.Module, example: Any) -> Callable[[], Any]:
-    def run() -> Any:
-        given = pytree.tree_map_only(Tensor, Tensor.clone, example)  # the model may work on it in place
-        with torch.no_grad():
-            if isinstance(given, Mapping):
-                return model(**given)
-            return model(*given) if isinstance(given, tuple | list) else model(given)
-
-    return run
-
-
-def _first_output(model: nn.Module, example: Any, run: Callable[[], Any]) -> Any:
-    try:
-        return run()
-    except Exception as error:
-        shapes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
-        given = f"shape {', '.join(map(str, shapes))}" if shapes else f"type {type(example).__name__}"
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ConfigError(
-            f"fold() could not run the model on example of {given}: {said}\n"
-            f"Give it what {type(model).__name__} is called with: a tensor, a tuple, or a mapping of names."
-        ) from error
-
-
 def _sort_out(
     model: nn.Module, norms: dict[str, nn.Module], flows: list[Flow]
 ) -> tuple[list[tuple[nn.Module, nn.Module]], list[tuple[str, str]]]:
@@ -168,6 +145,8 @@ def _sort_out(
 def _reasons_to_stay(norm: nn.Module, layer: nn.Module | None, flows: list[Flow], tied: set[int]) -> Iterator[str]:
     if source_of(norm) is None:
         yield f"{type(norm).__name__} has code of its own"
+    if computes_otherwise(norm):
+        yield f"{type(norm).__name__} holds what a frozen batch norm does, and computes something else"
     if not isinstance(getattr(norm, "running_mean", None), Tensor):
         yield "it has no running statistics"
     if not flows[0].calls[norm]:
@@ -193,7 +172,7 @@ def _merge(layer: Any, norm: Any) -> None:
         filters = standardized_transposed(wide, layer.groups) if layer.transposed else standardized(wide)
         layer.weight.data = filters.to(layer.weight.dtype)
         become(layer, _PLAIN[type(layer)])
-    scale_C = (norm.running_var.double() + getattr(norm, "eps", 0.0)).rsqrt()  # torchvision's first had no eps
+    scale_C = (norm.running_var.double() + (norm.eps if hasattr(norm, "eps") else eps_of(norm))).rsqrt()
     if norm.weight is not None:
         scale_C = scale_C * norm.weight.double()
     shift_C = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()

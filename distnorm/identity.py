@@ -12,6 +12,7 @@ from distnorm import collectives
 from distnorm.changes import channels_of
 from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import Moments
+from distnorm.norms.constants import eps_of
 from distnorm.norms.recurrent import RecurrentBatchNorm
 from distnorm.norms.surgery import looks_like_batch_norm, source_of
 
@@ -51,6 +52,7 @@ def identity_init(layer: Layer, batch: Tensor) -> Layer:
         True
     """
     held: Any = _check_layer(layer)
+    eps: Any = held.eps if hasattr(held, "eps") else eps_of(held)
     problem = _misfit(channels_of(layer), batch)
     own_K = torch.zeros(0) if problem else Moments.of(batch.detach().double()).pack().cpu()
     answers = collectives.agree((problem, own_K), "identity_init")
@@ -61,7 +63,7 @@ def identity_init(layer: Layer, batch: Tensor) -> Layer:
         raise ShapeError(
             "identity_init() got a batch without values on every rank. Give it one that the layer will see."
         )
-    held.weight.copy_((moments.var + held.eps).sqrt())
+    held.weight.copy_((moments.var + eps).sqrt())
     held.bias.copy_(moments.mean)
     if held.running_mean is not None:
         held.running_mean.copy_(moments.mean)

@@ -94,6 +94,40 @@ class Names:
         return [globs.escape(name) for name in found]
 
 
+def with_selection(names: Names, spec: NormSpec, include: Selectors | None, exclude: Selectors | None) -> NormSpec:
+    """Write into the decision which layers it is for, types as the names of the layers they stand for.
+
+    Raises:
+        ConfigError: no layer is chosen, or a glob or a type finds none.
+    """
+    included = names.resolve(spec.include if include is None else include, "include")
+    excluded = names.resolve(spec.exclude if exclude is None else exclude, "exclude")
+    if not included:
+        raise ConfigError(
+            "convert() got include=[], that selects no layer. Leave it out for all, or name some: include=['layer4']."
+        )
+    chosen = set().union(*map(names.covered_by, included)).difference(*map(names.covered_by, excluded))
+    if not chosen:
+        raise ConfigError(
+            f"include={list(included)} less exclude={list(excluded)} leaves no batch norm to convert.\n"
+            "Exclude fewer, or do not call convert()."
+        )
+    return dataclasses.replace(spec, include=included, exclude=excluded)
+
+
+def check_overrides(names: Names, spec: NormSpec) -> None:
+    """Refuse overrides that name no layer, or set what a spec has not.
+
+    Raises:
+        ConfigError: one does.
+    """
+    for dimension, override in spec.per_kind.items():
+        check_override(override, f"spec.per_kind[{dimension!r}]")
+    for glob, override in spec.layers.items():
+        names.check(glob, "spec.layers")
+        check_override(override, f"spec.layers[{glob!r}]")
+
+
 def override_of(names: Names, name: str, layers: Mapping[str, Any]) -> dict[str, Any]:
     """Find the override of one layer: the first glob that covers it, as a mapping of its own name."""
     found = (change for glob, change in layers.items() if name in names.covered_by(glob))

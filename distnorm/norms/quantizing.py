@@ -55,6 +55,6 @@ def refuse_fusing(norm: type[nn.Module], producers: Iterable[type[nn.Module]] = 
 def _refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:
     verb = "fuse_modules_qat" if is_qat else "fuse_modules"
     raise ConfigError(
-        f"{verb}() got {', '.join(type(module).__name__ for module in modules)}: torch.ao fuses torch's own layers alone, "
-        f"and convert() made one of these.\n{_REMEDY}"
+        f"{verb}() got {', '.join(type(module).__name__ for module in modules)}: torch.ao fuses torch's own layers "
+        f"alone, and convert() made one of these.\n{_REMEDY}"
     )

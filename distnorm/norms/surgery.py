@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ConfigError
 from distnorm.norms.base import OF_ONE_STEP
+from distnorm.norms.constants import eps_of, looks_like_constants
 from distnorm.norms.leaf import AS_TORCHS, TracedAsLeaf
 
 
@@ -33,8 +34,7 @@ SOURCES: dict[type[nn.Module] | str, Source] = {
 }
 """Classes that can be taken over; those of packages that may not be installed by their qualified names."""
 
-_NEEDED = ("num_features", "eps", "momentum", "affine", "track_running_stats", "weight", "bias", "running_mean")
-_NEEDED_OF_CONSTANTS = ("eps", "weight", "bias", "running_mean", "running_var")
+_NEEDED = ("weight", "bias", "running_mean", "running_var")
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "__new__", "__init_subclass__"}
 _WRAPPERS = {
     "DistributedDataParallel": "Convert before wrapping, or pass model.module",
@@ -91,8 +91,13 @@ for _cls in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
 def source_of(module: nn.Module) -> Source | None:
     """Look up what is known of a module's class.
 
-    A class that inherits from a known one and defines nothing but how it is built and shown counts as that one.
+    A class that inherits from a known one and defines nothing but how it is built and shown counts as that one. A class
+    that is not known counts as constants if it holds what these do.
     """
+    return _of_class(module) or (Source(frozen=True) if looks_like_constants(module) else None)
+
+
+def _of_class(module: nn.Module) -> Source | None:
     for cls in type(module).__mro__:
         found = SOURCES.get(cls) or SOURCES.get(f"{cls.__module__}.{cls.__qualname__}")
         if found is not None:
@@ -163,7 +168,7 @@ def check_known(name: str, norm: nn.Module) -> Source:
             "Replace it with nn.BatchNorm1d/2d/3d and what it does besides; or name what it applies afterwards: "
             f"distnorm.register_norm({cls}, after=(…));\nor leave it as it is: exclude=[{name!r}].",
         )
-    needed = (*(_NEEDED_OF_CONSTANTS if source.frozen else _NEEDED), *source.after)
+    needed = (*_NEEDED, *source.after)
     missing = [attribute for attribute in needed if not hasattr(norm, attribute)]
     if missing:
         raise ConfigError(
@@ -171,7 +176,19 @@ def check_known(name: str, norm: nn.Module) -> Source:
             f"Give it {'them' if len(missing) > 1 else 'it'} under nn.BatchNorm2d's names, "
             f"or leave it as it is: exclude=[{name!r}].",
         )
+    if computes_otherwise(norm):
+        raise ConfigError(
+            f"layer {name!r} is a {cls}, which holds what a frozen batch norm does and computes something else.\n"
+            f"Name what it applies afterwards: distnorm.register_norm({cls}, after=(…), frozen=True); "
+            f"or leave it as it is: exclude=[{name!r}].",
+        )
     return source
+
+
+def computes_otherwise(norm: nn.Module) -> bool:
+    """Tell whether a module that only looks like constants gives another output, or no one knows with which eps."""
+    by_looks = _of_class(norm) is None and looks_like_constants(norm)
+    return (by_looks or not hasattr(norm, "eps")) and eps_of(norm) is None
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:
