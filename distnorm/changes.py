@@ -167,13 +167,22 @@ def change(norm: nn.Module, spec: NormSpec, dimension: str) -> str:
         Why it is what it is now, in words.
     """
     own = suited(spec, dimension)
-    names_no_momentum = not hasattr(norm, "momentum") and not _is_constant(norm)
+    chosen = _choose_settings(norm, own)
+    why = _CHANGES[own.kind](norm, own) + chosen
+    return why if own is spec else f"{why}: fed vectors, of which {spec.kind!r} would leave too little"
+
+
+def _choose_settings(norm: nn.Module, spec: NormSpec) -> str:
+    """Complete a norm whose class is not torch's, and say what it did not have."""
+    why = ""
+    if not hasattr(norm, "momentum") and not _is_constant(norm) and spec.momentum is None and spec.kind in BATCH_KINDS:
+        why += "; momentum 0.1, since it named none"
     if not isinstance(norm, _BatchNorm | FrozenBatchNorm):
         complete(norm)
-    why = _CHANGES[own.kind](norm, own)
-    if names_no_momentum and own.kind in BATCH_KINDS and own.momentum is None:
-        why += "; momentum 0.1, since it named none"
-    return why if own is spec else f"{why}: fed vectors, of which {spec.kind!r} would leave too little"
+        if norm.eps == 0 and spec.kind != "frozen":
+            norm.__dict__["eps"] = 1e-5
+            why += "; eps 1e-5, since it had 0, which training refuses"
+    return why
 
 
 def to_identity(norm: nn.Module) -> None:

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import re
 import textwrap
 import types
 from collections.abc import Iterable
@@ -83,12 +84,22 @@ def elements_of(base: Any, key: Any = None, *, deep: bool = False) -> list[Any]:
         if isinstance(key, int) and isinstance(base, nn.Sequential | nn.ModuleList):
             return [base[key]] if -len(base) <= key < len(base) else []
         named = base._modules  # noqa: SLF001
+        if isinstance(key, re.Pattern):
+            return [module for name, module in named.items() if key.fullmatch(name)]
         return [named[key]] if key in named else [*(base.modules() if deep else base.children())]
     if isinstance(base, dict):
         return [base[key]] if key in base else list(base.values())
     if isinstance(base, list | tuple):
         return [base[key]] if isinstance(key, int) and -len(base) <= key < len(base) else list(base)
     return []
+
+
+def key_of(node: ast.expr) -> Any:
+    """Give a key that code has: a constant, or a pattern for a name that it puts together; else `None`."""
+    if isinstance(node, ast.JoinedStr):
+        parts = (part.value if isinstance(part, ast.Constant) else None for part in node.values)
+        return re.compile("".join(".*" if part is None else re.escape(str(part)) for part in parts))
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def holds(value: Any, norms: set[nn.Module]) -> bool:

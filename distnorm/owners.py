@@ -50,9 +50,10 @@ class Owners:
         for module in model.modules():
             if module in norms or isinstance(module, torch.jit.ScriptModule):
                 continue
-            if isinstance(module, _FusedModule) and isinstance(module, nn.Sequential):
+            is_sequence = type(module).forward is nn.Sequential.forward
+            if is_sequence and isinstance(module, _FusedModule):
                 fused |= {norm: type(module).__name__ for norm in module.children() if norm in norms}
-            if isinstance(module, nn.Sequential):
+            if is_sequence:
                 use.calls |= {child for child in module.children() if child in norms}
             if not type(module).__module__.startswith(("torch.nn.", "distnorm.norms.")):
                 read_code(module, norms, use)

@@ -19,14 +19,25 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from distnorm.lookup import Code, Method, Property, Super, as_method, attribute_of, code_of, elements_of, holds, unique
+from distnorm.lookup import (
+    Code,
+    Method,
+    Property,
+    Super,
+    as_method,
+    attribute_of,
+    code_of,
+    elements_of,
+    holds,
+    key_of,
+    unique,
+)
 
 FUNCTIONS: dict[Any, str] = {
-    functional.batch_norm: "F.batch_norm",
-    torch.batch_norm: "torch.batch_norm",
-    torch.native_batch_norm: "torch.native_batch_norm",
-    functional.instance_norm: "F.instance_norm",
-    torch.instance_norm: "torch.instance_norm",
+    function: f"{'F' if module is functional else 'torch'}.{name}"
+    for module in (functional, torch)
+    for name in ("batch_norm", "native_batch_norm", "instance_norm")
+    if (function := getattr(module, name, None)) is not None
 }
 """Functions that normalize with batch norm's kernel, and their names."""
 
@@ -127,6 +138,7 @@ class _Frame:
         for use in source.use:
             if isinstance(use, ast.Attribute):
                 self.read(use.value, use.attr)
+                self.of(use)  # a property has code
             else:
                 self.note_call(use)
         return unique(v for given in source.give for v in self.of(given))
@@ -181,8 +193,7 @@ class _Frame:
             case ast.Attribute():
                 found = self.seen(v for base in self.bases(node.value) for v in attribute_of(base, node.attr))
             case ast.Subscript():
-                key = node.slice.value if isinstance(node.slice, ast.Constant) else None
-                found = [v for base in self.of(node.value) for v in elements_of(base, key)]
+                found = [v for base in self.of(node.value) for v in elements_of(base, key_of(node.slice))]
             case ast.IfExp():
                 found = [*self.of(node.body), *self.of(node.orelse)]
             case ast.BoolOp():
@@ -222,9 +233,9 @@ class _Frame:
     def of_call(self, node: ast.Call) -> list[Any]:
         functions = self.of(node.func)
         if _is_among(getattr, functions) and len(node.args) > 1:
-            key = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
-            bases = self.of(node.args[0])
-            return unique(v for b in bases for v in (attribute_of(b, key) if isinstance(key, str) else elements_of(b)))
+            key = key_of(node.args[1])
+            look_up = attribute_of if isinstance(key, str) else elements_of
+            return unique(v for base in self.of(node.args[0]) for v in look_up(base, key))
         if any(function in _PASSED_ON for function in functions if isinstance(function, type)) and node.args:
             return self.of(node.args[0])
         if isinstance(node.func, ast.Attribute) and node.func.attr in _ALL_OF:

@@ -1,4 +1,4 @@
-"""`torch.fx`: a converted model traces as it did before, node by node, and the traced one trains as the converted one."""
+"""`torch.fx`: a converted model traces as before, node by node, and the traced one trains as the converted one."""
 
 import copy
 import io

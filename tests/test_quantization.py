@@ -90,7 +90,8 @@ def test_fusing_a_converted_model_names_the_remedy(kind, fuse):
     for names in TRIPLES:
         with pytest.raises(ConfigError) as caught:
             fuse(copy.deepcopy(model), [names])
-        assert f"{fuse.__name__}() got {type(model.net[0]).__name__}, {type(model.net[1]).__name__}" in str(caught.value)
+        first, second = (type(layer).__name__ for layer in model.net[:2])
+        assert f"{fuse.__name__}() got {first}, {second}" in str(caught.value)
         assert "Call conversion.revert() before prepare() and fuse_modules()" in str(caught.value)
         assert len(str(caught.value).splitlines()) <= 3
 

@@ -47,7 +47,9 @@ def eps_of(norm: nn.Module) -> float | None:
     """
     held: dict[str, Any] = {name: getattr(norm, name, None) for name in _HELD}
     mean, var = held["running_mean"], held["running_var"]
-    if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.is_floating_point()) or mean.is_meta:
+    if not (isinstance(mean, Tensor) and isinstance(var, Tensor) and mean.is_floating_point()):
+        return None
+    if mean.is_meta or any(tensor.shape != (mean.numel(),) for tensor in held.values() if isinstance(tensor, Tensor)):
         return None
     own = getattr(norm, "eps", None)
     tries = [float(own)] if isinstance(own, int | float) else _EPS
