@@ -71,8 +71,9 @@ def to_standardized(conv: nn.Module, _: NormSpec) -> str:
 
 
 def _to_batch(norm: nn.Module, spec: NormSpec) -> str:
+    was_constant = _is_constant(norm)
     thaw(norm)
-    if isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm | GhostBatchNorm | BatchRenorm) or _is_constant(norm):
+    if was_constant or isinstance(norm, nn.SyncBatchNorm | SyncBatchNorm | GhostBatchNorm | BatchRenorm):
         # Which dimension the layer had is not known any more: a group of one rank is local batch norm of any dimension.
         become(norm, SyncBatchNorm, sync_ranks=1, group_ranks=None)
     return _with_momentum(norm, spec)
