@@ -14,7 +14,7 @@ from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import Moments
 from distnorm.norms.constants import eps_of
 from distnorm.norms.recurrent import RecurrentBatchNorm
-from distnorm.norms.surgery import looks_like_batch_norm, source_of
+from distnorm.norms.surgery import computes_otherwise, looks_like_batch_norm, source_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -81,7 +81,9 @@ def _check_layer(layer: object) -> nn.Module:
             "undo those of one step only.\n"
             "Insert a norm that all steps share, e.g. nn.BatchNorm1d."
         )
-    if isinstance(layer, nn.Module) and source_of(layer) is None and looks_like_batch_norm(layer):
+    if isinstance(layer, nn.Module) and (
+        (source_of(layer) is None and looks_like_batch_norm(layer)) or computes_otherwise(layer)
+    ):
         raise ConfigError(
             f"identity_init() got a {name}, a batch norm with code of its own, that may compute something else.\n"
             f"If it only applies submodules afterwards, name them: distnorm.register_norm({name}, after=(…))."

@@ -5,7 +5,10 @@ become what keeps the attributes that are read, as long as its owner calls it to
 """
 
 import dataclasses
-from collections.abc import Container, Mapping
+import functools
+import itertools
+import types
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +18,12 @@ from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 from distnorm.changes import change
 from distnorm.flow import calling, first_output
 from distnorm.norms.surgery import find_batch_norms
-from distnorm.reading import Use, own_methods, read_code
+from distnorm.reading import Use, read_code
 from distnorm.spec import BATCH_KINDS, NormSpec
 from distnorm.unseen import nothing_found, own_norms, watch
 
 _STATISTICS = {"running_mean", "running_var"}
+_BUILDING = ("init", "reset", "load_from", "state_dict")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +32,13 @@ class Owners:
 
     Attributes:
         use: in a forward.
-        later: in any other method, but how a module is built.
         fused: of a norm, the module of torch.ao's that will be rebuilt with a norm of torch's.
+        later: in any other method, but how a module is built; asked for only where a norm loses attributes.
     """
 
     use: Use
-    later: Use
     fused: Mapping[nn.Module, str]
+    later: Callable[[], Use]
 
     @classmethod
     def of(cls, model: nn.Module, norms: set[nn.Module], example: Any = None) -> "Owners":
@@ -45,7 +49,7 @@ class Owners:
             norms: its norms.
             example: what the model is run on, in eval mode, to see what has no source; `None`: it is not run.
         """
-        use, later = Use(), Use()
+        use, read = Use(), []
         fused: dict[nn.Module, str] = {}
         for module in model.modules():
             if module in norms or isinstance(module, torch.jit.ScriptModule):
@@ -57,11 +61,11 @@ class Owners:
                 use.calls |= {child for child in module.children() if child in norms}
             if not type(module).__module__.startswith(("torch.nn.", "distnorm.norms.")):
                 read_code(module, norms, use)
-                read_code(module, norms, later, own_methods(module))
+                read.append(module)
         if example is not None:
             run = calling(model, example)
             watch(model, norms, lambda: first_output("convert", model, example, run), use)
-        return cls(use, later, fused)
+        return cls(use, fused, functools.cache(functools.partial(_read_later, read, norms)))
 
     def why_left(self, norm: nn.Module, spec: NormSpec, dimension: str) -> str:
         """Say why a norm cannot become what a decision says; empty if it can."""
@@ -82,8 +86,8 @@ class Owners:
 
     def note_of(self, norm: nn.Module, spec: NormSpec, dimension: str) -> str:
         """Name a method besides forward that reads what a norm will lack; starts with a semicolon."""
-        reads = self.later.reads.get(norm, {})
-        if not reads or spec.kind in BATCH_KINDS:
+        reads = {} if spec.kind in BATCH_KINDS else self.later().reads.get(norm, {})
+        if not reads:
             return ""
         after = _after(norm, spec, dimension)
         missing = _missing(norm, after, reads)
@@ -114,6 +118,24 @@ def look_for_norms(
         raise nothing_found(model, own)
     modules = ((name or "(the model)", module) for name, module in model.named_modules())
     return {name: module for name, module in modules if name in norms or name in own}, own, owners
+
+
+def _read_later(modules: list[nn.Module], norms: set[nn.Module]) -> Use:
+    use = Use()
+    for module in modules:
+        read_code(module, norms, use, _own_methods(module))
+    return use
+
+
+def _own_methods(module: nn.Module) -> list[str]:
+    """Name the methods that a module's classes, above torch's own, define; how it is built is left out."""
+    classes = itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
+    names = (name for cls in classes for name, value in vars(cls).items() if isinstance(value, types.FunctionType))
+    return [
+        name
+        for name in dict.fromkeys(names)
+        if not name.startswith("__") and not any(part in name for part in _BUILDING)
+    ]
 
 
 def _missing(norm: nn.Module, after: nn.Module, reads: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,6 @@ containers, loops over them. What cannot be read (no source, a value known only 
 import ast
 import builtins
 import dataclasses
-import itertools
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -44,7 +43,6 @@ FUNCTIONS: dict[Any, str] = {
 _DEEPEST, _MOST = 12, 400
 _PLACE_OF_TRAINING = 5
 _ALL_OF = {"children", "modules", "values", "named_children", "named_modules", "items"}
-_BUILDING = ("init", "reset", "load_from", "state_dict")
 _PASSED_ON = {list, tuple, reversed, iter, sorted, set}
 
 
@@ -78,17 +76,6 @@ def read_code(module: nn.Module, norms: set[nn.Module], use: Use, methods: Itera
     for method in methods:
         for found in attribute_of(module, method):
             reader.call(found, [], {}, 0)
-
-
-def own_methods(module: nn.Module) -> list[str]:
-    """Name the methods that a module's classes, above torch's own, define; how it is built is left out."""
-    classes = itertools.takewhile(lambda cls: cls is not nn.Module, type(module).__mro__)
-    names = (name for cls in classes for name, value in vars(cls).items() if isinstance(value, types.FunctionType))
-    return [
-        name
-        for name in dict.fromkeys(names)
-        if not name.startswith("__") and not any(part in name for part in _BUILDING)
-    ]
 
 
 class _Reader:
@@ -253,7 +240,7 @@ class _Frame:
     def is_near(self, function: Any) -> bool:
         """Tell whether a function is worth reading though it gets no norm: a method, or one of the same package."""
         if isinstance(function, Method):
-            return isinstance(function.owner, nn.Module)
+            return isinstance(function.owner, nn.Module) and function.cls is not nn.Module
         packages = [getattr(f, "__module__", None) or "" for f in (function, self.method.function)]
         return isinstance(function, types.FunctionType) and len({p.partition(".")[0] for p in packages}) == 1
 
@@ -264,7 +251,7 @@ class _Frame:
             if isinstance(value, nn.Module) and value in self.reader.norms:
                 if attribute in {"forward", "__call__"}:
                     self.reader.use.calls.add(value)
-                else:
+                elif not hasattr(nn.Module, attribute):
                     self.reader.use.reads.setdefault(value, {}).setdefault(attribute, self.place())
 
     def note_call(self, node: ast.Call) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,9 @@ from distnorm.errors import ConfigError
 from distnorm.norms.constants import eps_of, is_own
 from distnorm.norms.kept import undisturbed
 from distnorm.reading import FUNCTIONS, Use
+
+_OF_WEIGHTS = (_ConvNd, nn.Linear)
+"""They normalize their weight, as some convolutions standardize it, and no batch."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +37,7 @@ def own_norms(model: nn.Module, norms: set[nn.Module], use: Use) -> dict[str, st
     """
     found = {}
     for name, module in model.named_modules():
-        if module in norms or not is_own(module):
+        if module in norms or not is_own(module) or isinstance(module, _OF_WEIGHTS):
             continue
         uses_a_norm = any(part in use.reads for part in module.modules())
         statistics = [getattr(module, held, None) for held in ("running_mean", "running_var")]

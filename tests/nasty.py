@@ -6,6 +6,7 @@ import types
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from distnorm import NormSpec
 from distnorm.models import ResNet
@@ -80,6 +81,69 @@ class FrozenBatchNorm2d(nn.Module):
 
 _module("timm.layers.norm_act", BatchNormAct2d=BatchNormAct2d, SyncBatchNormAct=SyncBatchNormAct)
 _module("torchvision.ops.misc", FrozenBatchNorm2d=FrozenBatchNorm2d)
+
+
+class Constants(nn.Module):
+    """Four buffers, as every detection library has them."""
+
+    def __init__(self, channels):
+        super().__init__()
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((channels,), float(value)))
+
+    def wide(self):
+        return (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var))
+
+
+class DetrFrozenBatchNorm2d(Constants):
+    """As transformers 4.57 has it, in DETR and a dozen models that copy it: eps in the code."""
+
+    def forward(self, x):
+        weight, bias, mean, var = self.wide()
+        epsilon = 1e-5
+        scale = weight * (var + epsilon).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+class MaskFrozenBatchNorm2d(Constants):
+    """As maskrcnn-benchmark has it: no eps."""
+
+    def forward(self, x):
+        if x.dtype == torch.float16:
+            self.weight = self.weight.half()
+        weight, bias, mean, var = self.wide()
+        scale = weight * var.rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+class Detectron2FrozenBatchNorm2d(Constants):
+    """As detectron2 has it: two ways, and a variance that with eps is 1."""
+
+    def __init__(self, num_features, eps=1e-5):
+        super().__init__(num_features)
+        self.num_features, self.eps = num_features, eps
+        self.running_var = torch.ones(num_features) - eps
+
+    def forward(self, x):
+        if x.requires_grad:
+            weight, bias, mean, var = self.wide()
+            scale = weight * (var + self.eps).rsqrt()
+            return x * scale.to(x.dtype) + (bias - mean * scale).to(x.dtype)
+        held = self.running_mean, self.running_var, self.weight, self.bias
+        return functional.batch_norm(x, *held, training=False, eps=self.eps)
+
+
+FROZEN = {"DETR": DetrFrozenBatchNorm2d, "maskrcnn": MaskFrozenBatchNorm2d, "detectron2": Detectron2FrozenBatchNorm2d}
+
+
+def trained_constants(layer):
+    """A frozen norm with values, its variances so small that eps shows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name in ("weight", "bias", "running_mean"):
+            getattr(layer, name).normal_()
+        layer.running_var.uniform_(1e-3, 2e-3)
+    return layer
 
 
 class Swish(nn.BatchNorm2d):

@@ -7,8 +7,7 @@ from torch import nn
 from distnorm import NormSpec, convert
 from distnorm.norms import FrozenBatchNorm
 from distnorm.trained import is_carried_by_weights, saw_no_batch
-from tests.nasty import KINDS, FrozenBatchNorm2d
-from tests.test_unseen import FROZEN, DetrFrozenBatchNorm2d
+from tests.nasty import FROZEN, KINDS, DetrFrozenBatchNorm2d, FrozenBatchNorm2d
 
 pytestmark = pytest.mark.unit
 

@@ -7,147 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from distnorm import ConfigError, NormSpec, SyncBatchNorm, convert, decide, fold, identity_init, register_norm
-from distnorm.norms import FrozenBatchNorm, surgery
+from distnorm import ConfigError, NormSpec, SyncBatchNorm, convert, decide, register_norm
+from distnorm.norms import surgery
 from tests import nasty
-from tests.nasty import KINDS
+from tests.nasty import KINDS, trained_constants
 
 pytestmark = pytest.mark.unit
 
 SYNC = decide(8, 4, momentum=None)
-
-
-class Constants(nn.Module):
-    """Four buffers, as every detection library has them."""
-
-    def __init__(self, channels):
-        super().__init__()
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(name, torch.full((channels,), float(value)))
-
-    def wide(self):
-        return (t.reshape(1, -1, 1, 1) for t in (self.weight, self.bias, self.running_mean, self.running_var))
-
-
-class DetrFrozenBatchNorm2d(Constants):
-    """As transformers 4.57 has it, in DETR and a dozen models that copy it: eps in the code."""
-
-    def forward(self, x):
-        weight, bias, mean, var = self.wide()
-        epsilon = 1e-5
-        scale = weight * (var + epsilon).rsqrt()
-        return x * scale + (bias - mean * scale)
-
-
-class MaskFrozenBatchNorm2d(Constants):
-    """As maskrcnn-benchmark has it: no eps."""
-
-    def forward(self, x):
-        if x.dtype == torch.float16:
-            self.weight = self.weight.half()
-        weight, bias, mean, var = self.wide()
-        scale = weight * var.rsqrt()
-        return x * scale + (bias - mean * scale)
-
-
-class Detectron2FrozenBatchNorm2d(Constants):
-    """As detectron2 has it: two ways, and a variance that with eps is 1."""
-
-    def __init__(self, num_features, eps=1e-5):
-        super().__init__(num_features)
-        self.num_features, self.eps = num_features, eps
-        self.running_var = torch.ones(num_features) - eps
-
-    def forward(self, x):
-        if x.requires_grad:
-            weight, bias, mean, var = self.wide()
-            scale = weight * (var + self.eps).rsqrt()
-            return x * scale.to(x.dtype) + (bias - mean * scale).to(x.dtype)
-        held = self.running_mean, self.running_var, self.weight, self.bias
-        return functional.batch_norm(x, *held, training=False, eps=self.eps)
-
-
-FROZEN = {"DETR": DetrFrozenBatchNorm2d, "maskrcnn": MaskFrozenBatchNorm2d, "detectron2": Detectron2FrozenBatchNorm2d}
-
-
-def trained(layer):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name in ("weight", "bias", "running_mean"):
-            getattr(layer, name).normal_()
-        layer.running_var.uniform_(1e-3, 2e-3)
-    return layer
-
-
-@pytest.mark.parametrize("cls", FROZEN.values(), ids=FROZEN)
-def test_frozen_norms_are_listed_and_stay(cls):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), trained(cls(4)), nn.BatchNorm2d(4))
-    before = nasty.picture(model[1:2]), nasty.values(model)
-    conversion = convert(model, SYNC)
-    assert [(row.name, row.channels, row.why) for row in conversion.left] == [
-        ("1", 4, "constants, that no entry of layers names")
-    ]
-    assert (nasty.picture(model[1:2])) == before[0]
-    assert nasty.same_values(nasty.values(model), before[1])
-    assert "left: constants" in str(convert(nn.Sequential(cls(4)), SYNC))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("cls", FROZEN.values(), ids=FROZEN)
-def test_frozen_norms_convert_where_they_are_named(cls, kind):
-    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), trained(cls(4))).eval(), torch.randn(4, 3, 5, 5)
-    before, expected = nasty.picture(model), model(x)
-    spec = NormSpec("sync", 32, layers={"1": {f: getattr(KINDS[kind], f) for f in ("kind", "groups", "ghost_batch")}})
-    conversion = convert(model, spec)
-    assert [row.name for row in conversion.layers if row.name == "1"]
-    if kind in {"batch", "sync", "ghost", "renorm", "frozen"}:
-        had_none = cls is MaskFrozenBatchNorm2d and kind != "frozen"
-        assert ("; eps 1e-5, since it had 0, which training refuses" in conversion.layers[0].why) == had_none
-        if had_none:
-            held = model[1].running_mean, model[1].running_var, model[1].weight, model[1].bias
-            expected = functional.batch_norm(model[0](x), *held, training=False, eps=1e-5)
-        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-        assert all(parameter.requires_grad == (kind != "frozen") for parameter in model[1].parameters())
-    assert type(model[1]).__module__.startswith(("distnorm.", "torch.nn."))
-    model.train()(x)
-    if kind == "sync":
-        plain = functional.batch_norm(model[0](x), None, None, model[1].weight, model[1].bias, True)
-        torch.testing.assert_close(model(x), plain, rtol=1e-3, atol=1e-3)
-    conversion.revert()
-    assert nasty.picture(model.eval()) == before
-
-
-@pytest.mark.parametrize("cls", FROZEN.values(), ids=FROZEN)
-def test_frozen_norms_fold_and_start_as_identity(cls):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), trained(cls(4))).eval()
-    x = torch.randn(4, 3, 5, 5)
-    expected = model(x)
-    assert fold(model).folded == (("0", "1"),)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
-    layer, y = cls(3), torch.randn(16, 3, 4, 4) * 0.01 + 2
-    torch.testing.assert_close(identity_init(layer, y)(y), y, rtol=1e-4, atol=1e-4)
-
-
-class Squared(Constants):
-    """Holds the same, and does something else."""
-
-    def forward(self, x):
-        weight, *_ = self.wide()
-        return x * weight**2
-
-
-def test_what_only_looks_like_constants_is_not_taken_for_them():
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), trained(Squared(4)), nn.BatchNorm2d(4)).eval()
-    before = nasty.picture(model)
-    with pytest.raises(ConfigError, match=r"'1' is a Squared, which holds what[\s\S]*register_norm\(Squared, after"):
-        convert(model, NormSpec("sync", 8, layers={"1": {}}))
-    assert nasty.picture(model) == before
-    folded = nn.Sequential(nn.Conv2d(3, 4, 1), trained(Squared(4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
-    folding = fold(folded)
-    assert folding.left == (("1", "Squared holds what a frozen batch norm does, and computes something else"),)
-
-
-# -- modules that apply the function
 
 
 class MyNorm(nn.Module):
@@ -226,7 +93,7 @@ def test_modules_that_normalize_by_themselves_are_listed(make, why, caplog):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "group_ws"])
 def test_one_that_is_a_batch_norm_converts_where_it_is_named(kind):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), MyNorm(4)), torch.randn(4, 3, 5, 5)
-    trained(model[1])
+    trained_constants(model[1])
     before, state = nasty.picture(model), nasty.values(model)
     reference = nn.Sequential(copy.deepcopy(model[0]), nn.BatchNorm2d(4, eps=1e-3))
     reference.load_state_dict(model.state_dict(), strict=False)
@@ -292,5 +159,18 @@ def test_without_a_batch_norm_the_message_lists_what_was_seen():
 def test_norms_of_other_kinds_and_torchs_own_are_not_listed():
     model = nn.Sequential(nn.InstanceNorm2d(4, track_running_stats=True), nn.GroupNorm(2, 4), nn.BatchNorm2d(4))
     assert not convert(model, SYNC, example=torch.randn(2, 4, 3, 3)).left
-    assert surgery.source_of(nn.InstanceNorm2d(4, track_running_stats=True)) is None
-    assert surgery.source_of(FrozenBatchNorm(4)) is not None
+
+
+class StandardizedByNorm(nn.Conv2d):
+    """As timm 1.0.31 standardizes weights, in normalizer-free networks too: the function, applied to filters."""
+
+    def forward(self, x):
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = functional.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return functional.conv2d(x, weight, self.bias)
+
+
+def test_standardized_weights_are_no_batch_normalization():
+    assert not convert(nn.Sequential(StandardizedByNorm(3, 4, 3), nn.BatchNorm2d(4)), SYNC).left
+    with pytest.raises(ConfigError, match="found no batch norm in Sequential: there is nothing to decide"):
+        convert(nn.Sequential(StandardizedByNorm(3, 4, 3)), SYNC)

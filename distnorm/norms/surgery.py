@@ -49,7 +49,8 @@ def register_norm(cls: type[nn.Module], after: tuple[str, ...] = (), *, frozen: 
     """Tell `convert` and `fold` that a class is a batch norm, though its forward is its own.
 
     Args:
-        cls: has `nn.BatchNorm`'s parameters, buffers and settings, under their names.
+        cls: has `nn.BatchNorm`'s parameters and buffers, and eps, under their names. Its other settings may be missing:
+            momentum is 0.1 then.
         after: names of the submodules that its forward applies to what was normalized, in their order, e.g. `("act",)`;
             the converted layer applies them too.
         frozen: its statistics and affine part are constants, as parameters or buffers: `convert` leaves such a layer
@@ -168,27 +169,28 @@ def check_known(name: str, norm: nn.Module) -> Source:
             "Replace it with nn.BatchNorm1d/2d/3d and what it does besides; or name what it applies afterwards: "
             f"distnorm.register_norm({cls}, after=(…));\nor leave it as it is: exclude=[{name!r}].",
         )
-    needed = (*_NEEDED, *source.after)
-    missing = [attribute for attribute in needed if not hasattr(norm, attribute)]
-    if missing:
-        raise ConfigError(
-            f"layer {name!r} is a {cls} without {', '.join(missing)}, that convert() needs.\n"
-            f"Give it {'them' if len(missing) > 1 else 'it'} under nn.BatchNorm2d's names, "
-            f"or leave it as it is: exclude=[{name!r}].",
-        )
     if computes_otherwise(norm):
         raise ConfigError(
             f"layer {name!r} is a {cls}, which holds what a frozen batch norm does and computes something else.\n"
             f"Name what it applies afterwards: distnorm.register_norm({cls}, after=(…), frozen=True); "
             f"or leave it as it is: exclude=[{name!r}].",
         )
+    needed = (*_NEEDED, *source.after)
+    missing = [attribute for attribute in needed if not hasattr(norm, attribute)]
+    if not missing and not hasattr(norm, "eps") and eps_of(norm) is None:
+        missing = ["eps"]
+    if missing:
+        raise ConfigError(
+            f"layer {name!r} is a {cls} without {', '.join(missing)}, that convert() needs.\n"
+            f"Give it {'them' if len(missing) > 1 else 'it'} under nn.BatchNorm2d's names, "
+            f"or leave it as it is: exclude=[{name!r}].",
+        )
     return source
 
 
 def computes_otherwise(norm: nn.Module) -> bool:
-    """Tell whether a module that only looks like constants gives another output, or no one knows with which eps."""
-    by_looks = _of_class(norm) is None and looks_like_constants(norm)
-    return (by_looks or not hasattr(norm, "eps")) and eps_of(norm) is None
+    """Tell whether a module that only looks like constants gives another output than these."""
+    return _of_class(norm) is None and looks_like_constants(norm) and eps_of(norm) is None
 
 
 def find_norms(model: nn.Module) -> dict[str, nn.Module]:
@@ -198,7 +200,15 @@ def find_norms(model: nn.Module) -> dict[str, nn.Module]:
         ConfigError: see `check_model` and `check_known`.
     """
     check_model(model, "convert")
-    return {name: norm for name, norm in find_batch_norms(model).items() if not check_known(name, norm).frozen}
+    found = {name: norm for name, norm in find_batch_norms(model).items() if not _is_frozen(norm)}
+    for name, norm in found.items():
+        check_known(name, norm)
+    return found
+
+
+def _is_frozen(norm: nn.Module) -> bool:
+    source = source_of(norm)
+    return source is not None and source.frozen
 
 
 _OF_A_KIND = ("sync_ranks", "group_ranks", "ghost_batch", "r_max", "d_max", "warmup", "ramp")
