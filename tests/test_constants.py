@@ -78,10 +78,8 @@ def test_what_only_looks_like_constants_is_not_taken_for_them():
     with pytest.raises(ConfigError, match=r"'1' is a Squared, which holds what[\s\S]*register_norm\(Squared, after"):
         convert(model, NormSpec("sync", 8, layers={"1": {}}))
     assert nasty.picture(model) == before
-    folded = nn.Sequential(
-        nn.Conv2d(3, 4, 1), trained_constants(Squared(4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
-    ).eval()
-    folding = fold(folded)
+    squared = trained_constants(Squared(4))
+    folding = fold(nn.Sequential(nn.Conv2d(3, 4, 1), squared, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval())
     assert folding.left == (("1", "Squared holds what a frozen batch norm does, and computes something else"),)
 
 
