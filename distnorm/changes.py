@@ -178,7 +178,7 @@ def _choose_settings(norm: nn.Module, spec: NormSpec) -> str:
     why = ""
     if not hasattr(norm, "momentum") and not _is_constant(norm) and spec.momentum is None and spec.kind in BATCH_KINDS:
         why += "; momentum 0.1, since it named none"
-    if not isinstance(norm, _BatchNorm | FrozenBatchNorm):
+    if not isinstance(norm, _BatchNorm):
         complete(norm)
         if norm.eps == 0 and spec.kind != "frozen":
             norm.__dict__["eps"] = 1e-5

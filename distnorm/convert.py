@@ -65,7 +65,7 @@ def convert(
     Returns:
         The record of what was changed; its `model` is the argument.
 
-    Collective: none.
+    Collective: none; with an example, what the model's own evaluation has.
 
     Raises:
         ConfigError: the model is wrapped in DDP or FSDP, compiled or scripted; a layer that is to change is lazy, or

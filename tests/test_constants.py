@@ -53,6 +53,15 @@ def test_frozen_norms_convert_where_they_are_named(cls, kind):
     assert nasty.picture(model.eval()) == before
 
 
+def test_an_eps_of_0_is_replaced_also_after_another_conversion():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), trained_constants(MaskFrozenBatchNorm2d(4)))
+    convert(model, NormSpec("frozen", 1, layers={"1": {}}))
+    assert model[1].eps == 0
+    convert(model, NormSpec("sync", 8, layers={"1": {}}))
+    assert model[1].eps == 1e-5
+    model(torch.randn(4, 3, 5, 5)).sum().backward()
+
+
 @pytest.mark.parametrize("cls", FROZEN.values(), ids=FROZEN)
 def test_frozen_norms_fold_and_start_as_identity(cls):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), trained_constants(cls(4))).eval()
