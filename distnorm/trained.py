@@ -22,7 +22,10 @@ def saw_no_batch(norm: nn.Module) -> bool:
 
 
 def is_carried_by_weights(norm: nn.Module) -> bool:
-    """Tell whether weight and bias carry the statistics: these are 0 and 1, and weight and bias are learned."""
+    """Tell whether weight and bias carry the statistics: these are 0 and 1, and weight and bias are learned.
+
+    A new model whose biases start at random (RepVGG's) looks the same: what is said of it is for loaded weights.
+    """
     return has_first_statistics(norm) and has_learned_affine(norm)
 
 
@@ -60,8 +63,8 @@ def warn(norms: Mapping[str, nn.Module], specs: Mapping[str, NormSpec]) -> None:
     lost = [name for name, own in specs.items() if own.kind != "frozen" and is_carried_by_weights(norms[name])]
     if lost:
         _log.warning(
-            "%d of %d layers (%s, …) carry their statistics in weight and bias (running mean 0, variance 1): with "
-            "statistics of a batch or sample they compute something else.\n"
+            "%d of %d layers (%s, …) have statistics 0 and 1, and weights and biases that differ between channels:\n"
+            "loaded so, these carry the statistics, and with other statistics the layers compute something else.\n"
             "Keep them as constants (kind='frozen', or exclude=%r), or load weights that come with statistics.",
             len(lost),
             len(specs),
@@ -73,8 +76,9 @@ def warn(norms: Mapping[str, nn.Module], specs: Mapping[str, NormSpec]) -> None:
 def note_of(norm: nn.Module, spec: NormSpec) -> str:
     """Say what a conversion does to what the norm has learned, where that is not plain; starts with a semicolon."""
     if is_carried_by_weights(norm):
-        carry = "; weight and bias carry the statistics (0 and 1)"
-        return carry if spec.kind == "frozen" else f"{carry}: it computes something else now"
+        if spec.kind == "frozen":
+            return "; weight and bias carry the statistics (0 and 1)"
+        return "; loaded with statistics 0 and 1, weight and bias carry them: it computes something else now"
     if spec.kind == "frozen" or has_first_statistics(norm) or getattr(norm, "running_mean", None) is None:
         return ""
     source, by_batch = source_of(norm), spec.kind in BATCH_KINDS

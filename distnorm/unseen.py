@@ -4,6 +4,7 @@ They are found by their source; where there is none, by watching the function wh
 """
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,8 @@ from distnorm.reading import FUNCTIONS, Use
 
 _OF_WEIGHTS = (_ConvNd, nn.Linear)
 """They normalize their weight, as some convolutions standardize it, and no batch."""
+
+_A_NORM = re.compile(r"Norm(Act)?(\d+d)?$")
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ def nothing_found(model: nn.Module, found: Mapping[str, str]) -> ConfigError:
             f"Name it, layers={{{name!r}: {{}}}}, or make its class known: distnorm.register_norm({cls}); or build the "
             "model with nn.BatchNorm1d/2d/3d."
         )
-    others = Counter(type(module).__name__ for module in names.values() if "norm" in type(module).__name__.lower())
+    others = Counter(type(module).__name__ for module in names.values() if _A_NORM.search(type(module).__name__))
     seen = ", ".join(f"{count} {cls}" for cls, count in others.most_common(4)) or "no other norm either"
     return ConfigError(
         f"convert() found no batch norm in {kind}: there is nothing to decide. It has {seen}.\n"

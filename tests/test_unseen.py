@@ -148,7 +148,8 @@ def test_code_without_source_is_seen_on_an_example():
 
 
 def test_without_a_batch_norm_the_message_lists_what_was_seen():
-    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.Linear(3, 3))
+    norm_free = type("NormFreeBlock", (nn.Identity,), {})
+    model = nn.Sequential(nn.LayerNorm(3), nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.Linear(3, 3), norm_free())
     with pytest.raises(ConfigError, match=r"It has 2 LayerNorm, 1 GroupNorm\.[\s\S]*norm_layer=") as caught:
         convert(model, SYNC)
     assert len(str(caught.value).splitlines()) <= 3
