@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.ao.nn.intrinsic.modules.fused import _FusedModule
 
 from distnorm.changes import change
 from distnorm.flow import calling, first_output
+from distnorm.norms.quantizing import FUSED
 from distnorm.norms.surgery import find_batch_norms
 from distnorm.reading import Use, read_code
 from distnorm.spec import BATCH_KINDS, NormSpec
@@ -55,7 +55,7 @@ class Owners:
             if module in norms or isinstance(module, torch.jit.ScriptModule):
                 continue
             is_sequence = type(module).forward is nn.Sequential.forward
-            if is_sequence and isinstance(module, _FusedModule):
+            if is_sequence and FUSED is not None and isinstance(module, FUSED):
                 fused |= {norm: type(module).__name__ for norm in module.children() if norm in norms}
             if is_sequence:
                 use.calls |= {child for child in module.children() if child in norms}

@@ -1,14 +1,29 @@
 """Quantization knows torch's own layers alone: the message where a converted one meets `torch.ao`."""
 
+import importlib
 import itertools
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from torch.ao.quantization import fuser_method_mappings
 
 from distnorm.errors import ConfigError, ShapeError
 
+
+def _of_torch(module: str, name: str, missing: Any) -> Any:
+    """Take an object of torch.ao's, which torch announces to move elsewhere."""
+    try:
+        return getattr(importlib.import_module(module), name, missing)
+    except ImportError:
+        return missing
+
+
+FUSED: type[nn.Module] | None = _of_torch("torch.ao.nn.intrinsic.modules.fused", "_FusedModule", None)
+"""What torch.ao's fused modules inherit from; `None` without torch.ao."""
+
+_METHODS: dict[Any, Any] = _of_torch(
+    "torch.ao.quantization.fuser_method_mappings", "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {}
+)
 _REMEDY = (
     "Call conversion.revert() before prepare() and fuse_modules(); a trained model may be folded instead: "
     "distnorm.fold(model)."
@@ -47,9 +62,8 @@ def refuse_fusing(norm: type[nn.Module], producers: Iterable[type[nn.Module]] = 
         norm: comes second.
         producers: come first.
     """
-    methods: dict[Any, Any] = getattr(fuser_method_mappings, "_DEFAULT_OP_LIST_TO_FUSER_METHOD", {})
     for producer, rest in itertools.product(producers, ((), (nn.ReLU,))):
-        methods.setdefault((producer, norm, *rest), _refuse)
+        _METHODS.setdefault((producer, norm, *rest), _refuse)
 
 
 def _refuse(is_qat: bool, *modules: nn.Module) -> NoReturn:
