@@ -29,6 +29,7 @@ from distnorm.changes import (
 )
 from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
 from distnorm.errors import ConfigError, divisors_in_words
+from distnorm.norms.base import name_layer
 from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
 from distnorm.selection import Names, Selectors, check_override, override_of
 from distnorm.spec import BATCH_KINDS, NormSpec
@@ -167,7 +168,7 @@ class _Plan:
                 why = make(module, own)
                 snapshots[-1].finish()
                 if hasattr(type(module), "layer_name"):
-                    module.layer_name = name  # type: ignore[assignment]
+                    name_layer(module, name)
                 rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
         except BaseException:
             for snapshot in reversed(snapshots):

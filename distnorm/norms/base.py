@@ -10,11 +10,24 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm import collectives
 from distnorm.errors import ShapeError
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
 OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
+
+
+def name_layer(layer: Any, name: str, *, is_unique: bool = False) -> None:
+    """Give a layer the name that errors carry, and by which other ranks know whose numbers it brings.
+
+    Args:
+        layer: one of distnorm's.
+        name: its place in the model; empty where nobody knows it.
+        is_unique: no other layer of this process has the name, on any rank.
+    """
+    layer.layer_name = name
+    layer.layer_order = collectives.ONLY_ONE if is_unique else collectives.count_layer(name_in_words(layer))
 
 
 def name_in_words(layer: Any) -> str:
@@ -59,10 +72,12 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
 
     Attributes:
         layer_name: how the model calls this layer; errors carry it.
+        layer_order: which of the layers of this name it is, see `name_layer`.
         after: names of submodules that are applied to the output: the activation of a layer that had one built in.
     """
 
     layer_name: str = ""
+    layer_order: int = 0
     after: tuple[str, ...] = ()
     _passes: Passes | None = None
 

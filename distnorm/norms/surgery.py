@@ -197,7 +197,7 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     after = after_of(module)
     module.__class__ = cls
     # torch's synchronized layer holds a process group, and ours what belongs to one step: nothing could copy them
-    for name in ("process_group", "layer_name", *_OF_A_KIND, *OF_ONE_STEP):
+    for name in ("process_group", "layer_name", "layer_order", *_OF_A_KIND, *OF_ONE_STEP):
         module.__dict__.pop(name, None)
     if after:
         module.__dict__["after"] = after

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
+from distnorm.norms.base import name_layer
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import become, find_norms, register_norm
@@ -103,7 +104,8 @@ class SyncBatchNorm(AbstractNormOverRanks):
         group_ranks = None if process_group is None else collectives.adopt(process_group)
         for name, norm in find_norms(module).items():
             if group_ranks is not None or not isinstance(norm, SyncBatchNorm):
-                become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name="" if norm is module else name)
+                become(norm, cls, sync_ranks=None, group_ranks=group_ranks)
+                name_layer(norm, "" if norm is module else name)
         return module
 
     def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
