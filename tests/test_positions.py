@@ -273,12 +273,3 @@ def test_a_skipped_layer_is_an_error_on_every_rank_and_the_files_say_it_too(tmp_
     for rank in range(3):
         assert found[rank].startswith("rank 2 is at third forward, ranks 0, 1 are at second forward (step 2).")
         assert len(found[rank].splitlines()) <= 3
-
-
-@pytest.mark.unit
-def test_a_skipped_layer_is_an_error_on_every_rank_and_the_files_say_it_too(tmp_path):
-    found, afterwards = astray("skips", tmp_path, debug=False)
-    assert re.search(r"rank 2 went to third forward where ranks 0, 1 went to second forward \(step 2\)", afterwards)
-    for rank in range(3):
-        assert found[rank].startswith("rank 2 is at third forward, ranks 0, 1 are at second forward (step 2).")
-        assert len(found[rank].splitlines()) <= 3

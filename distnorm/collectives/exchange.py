@@ -65,13 +65,13 @@ def _compare(came: Tensor, marks_of: marks.Gathered | marks.Summed) -> None:
 
 def _raise_parted(marks_of: marks.Gathered | marks.Summed, came: list[float]) -> NoReturn:
     """Say which ranks were at which layer: all of them have found that they differ, and meet here once more."""
-    ranks, place = marks_of.ranks, marks_of.place
+    ranks = marks_of.ranks
     try:
-        whose = _hear_all(place.whose(ranks), ranks, group_of(ranks))
+        whose = _hear_all(marks_of.place.whose(ranks), ranks, group_of(ranks))
     except RuntimeError as error:  # gloo ends a rank that receives more than it expects
         raise GroupError(marks_of.describe(came)) from error
     finally:
-        place.take_back(ranks)
+        marks_of.take_back()
     raise GroupError(whereabouts.parted(dict(zip(ranks, whose, strict=True)), positions.step_now()))
 
 

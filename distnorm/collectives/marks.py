@@ -37,7 +37,7 @@ _places: dict[tuple[str, int, str], "Place"] = {}
 
 def count_layer(name: str) -> int:
     """Count one more layer that goes by a name, and return its order of construction; `place_of` reads it."""
-    global _generation, _has_exchanged  # noqa: PLW0603
+    global _generation, _has_exchanged
     if _has_exchanged:
         _generation, _has_exchanged = _generation + 1, False
     _built[_generation, name] += 1
@@ -82,10 +82,6 @@ class Place(str):
         call = self.calls[ranks] = self.calls.get(ranks, 0) + 1
         orders = (self.bits << _ORDER_BITS | self._from_first()) << _ORDER_BITS | self._from_last()
         return float(orders << _CALL_BITS | call & (1 << _CALL_BITS) - 1)
-
-    def take_back(self, ranks: tuple[int, ...]) -> None:
-        """Forget the last call: all ranks raise in it, and whoever catches that may call again."""
-        self.calls[ranks] = self.calls.get(ranks, 1) - 1
 
     def marked_sum(self, ranks: tuple[int, ...], like: Tensor) -> "Summed":
         """Give the mark of this layer's sums over these ranks, of the values' dtype and on their device."""
@@ -148,6 +144,10 @@ class Gathered:
         whose = [whereabouts.Whose(known.get(m.name, "another layer"), m.from_first + 1, m.call) for m in marks]
         return whereabouts.parted(dict(zip(self.ranks, whose, strict=True)))
 
+    def take_back(self) -> None:
+        """Forget this rank's last call: all ranks raise in it, and whoever catches that may call again."""
+        self.place.calls[self.ranks] -= 1
+
 
 class Summed:
     """The mark of a layer's sums: a number for the layer by either order, and their squares.
@@ -176,3 +176,6 @@ class Summed:
     def describe(self, total: Sequence[float]) -> str:
         """Say what is known without asking the others: that not all of them were at this rank's layer."""
         return f"Not all of {ranks_in_words(self.ranks)} were at {self.place}.\n{whereabouts.SAME_LAYERS}"
+
+    def take_back(self) -> None:
+        """Sums count no calls."""

@@ -37,7 +37,9 @@ class Pooled(NamedTuple):
         return cls(mean_C, mean_C.to(dtype), var_C.to(dtype), count)
 
 
-def pool(own_K: Tensor, dtype: torch.dtype, ranks: tuple[int, ...], whose: exchange.Whose) -> tuple[Pooled, Tensor | None]:
+def pool(
+    own_K: Tensor, dtype: torch.dtype, ranks: tuple[int, ...], whose: exchange.Whose
+) -> tuple[Pooled, Tensor | None]:
     """Pool this rank's moments with those of the others.
 
     Args:
