@@ -13,6 +13,7 @@ from distnorm import GroupError, NormSpec, SyncBatchNorm, check_ranks, collectiv
 from distnorm.collectives import late, marks
 from distnorm.norms import pooling
 from distnorm.norms.renorm import BatchRenorm
+from distnorm.norms.weight_norm import weight_normalize
 from tests import ranks
 
 pytestmark = pytest.mark.unit
@@ -105,12 +106,12 @@ def one_group_parts():
     try:
         net["b" if rank == 3 else "a"](x)
     except GroupError as error:
-        return str(error).splitlines()[0]
+        return str(error).split(" (step")[0].split(".")[0]  # ranks that other tests used may know of a step
     return net["a"].num_batches_tracked.item()
 
 
 def test_only_the_group_that_parted_raises():
-    text = "rank 2 is at a forward, rank 3 is at b forward."
+    text = "rank 2 is at a forward, rank 3 is at b forward"
     assert ranks.run(one_group_parts, world=4) == [1, 1, text, text]
 
 
@@ -141,6 +142,28 @@ def other_pasts(way):
 def test_a_rank_that_built_other_models_besides_trains_on(way):
     found = ranks.run(other_pasts, way, world=2)
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+class ByData(nn.Module):
+    """Which of its layers runs depends on the data."""
+
+    def __init__(self):
+        super().__init__()
+        self.low, self.high = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.low(x) if x.mean() < 2 else self.high(x)
+
+
+def initialized_by_data():
+    with pytest.raises(GroupError) as raised:
+        weight_normalize(ByData(), torch.randn(8, 3) + 4 * collectives.rank())
+    return str(raised.value).split(" (step")[0].split(".")[0]
+
+
+def test_weight_norm_does_not_pool_two_layers_either():
+    text = "rank 0 is at low initialization, rank 1 is at high initialization"
+    assert ranks.run(initialized_by_data, world=2) == [text, text]
 
 
 def different_widths(rank, folder, messages):
