@@ -45,9 +45,9 @@ class SyncBatchNorm(AbstractNormOverRanks):
     Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some. output: the same.
 
     Collective: train: 1 gather of 2C + 1 doubles forward (with more than 16 ranks in a group: 1 sum of as many), 1 sum
-        of 2C floats backward, over the group, each with a mark that says whose numbers they are; nothing when activation checkpointing repeats a forward; 2 sums of
-        2C more where the gradient is itself differentiated. eval: none. Every rank of the group must reach this layer
-        in every training step, and run backward through it.
+        of 2C floats backward, over the group, each with a mark that says whose numbers they are; nothing when
+        activation checkpointing repeats a forward; 2 sums of 2C more where the gradient is itself differentiated. eval:
+        none. Every rank of the group must reach this layer in every training step, and run backward through it.
 
     Raises:
         ShapeError: dimension 1 is not `num_features`; the input is not floating; or the mask does not fit: on the rank
