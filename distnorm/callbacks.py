@@ -16,6 +16,7 @@ from distnorm import collectives
 from distnorm.calibration import calibrate
 from distnorm.convert import normalization_layers
 from distnorm.freezing import HeldLayers, first_frozen_step
+from distnorm.norms.apart import shares_one_set
 from distnorm.population import (
     Statistics,
     gather_running_stats,
@@ -33,7 +34,7 @@ from distnorm.replay import (
     training_loader,
 )
 from distnorm.spec import NormSpec
-from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints, shares_one_set
+from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints
 
 _log = logging.getLogger(__name__)
 

@@ -32,6 +32,7 @@ from distnorm.errors import ConfigError, divisors_in_words
 from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
 from distnorm.selection import Names, Selectors, check_override, override_of
 from distnorm.spec import BATCH_KINDS, NormSpec
+from distnorm.unsent import Unsent
 
 
 def convert(
@@ -174,6 +175,7 @@ class _Plan:
                 snapshot.restore(lambda tensor: tensor)
             raise
         removed = {key: RemovedBias(*pair) for key, pair in keys.items() if removes(key)}
+        unsent = Unsent(self.model, self.spec.world_size)
         left, redundant = self.left, tuple(keys)
         return Conversion(
             self.model,
@@ -184,6 +186,7 @@ class _Plan:
             left=left,
             redundant_biases=redundant,
             removed=removed,
+            unsent=unsent,
         )
 
     def _norms_with_batch_statistics(self) -> Iterator[nn.Module]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from distnorm import ConfigError, NormSpec, SyncBatchNorm, collectives, decide
 from distnorm.callbacks import EvaluationStatistics
 from distnorm.freezing import first_frozen_step
-from distnorm.trainer_checks import shares_one_set
+from distnorm.norms.apart import shares_one_set
 from tests import ranks
 from tests.test_callbacks import Nothing, Task, Truth, fit, spec_of
 
