@@ -1,5 +1,7 @@
 """Ranks whose data differ, N(0, 1) and N(4, 1), …: what they feed, and what their running statistics should pool to."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -50,3 +52,26 @@ def pooled_of(model, norm):
 def own_batches(steps):
     """The inputs of this rank."""
     return batches(collectives.rank(), steps)
+
+
+def logged(body):
+    """Run something, and collect what distnorm warns of meanwhile."""
+    said, handler = [], logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("distnorm")
+    logger.addHandler(handler)
+    try:
+        return body(), said
+    finally:
+        logger.removeHandler(handler)
+
+
+class Parent(nn.Module):
+    """Holds what was converted, and is what DDP wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner, self.own = model, nn.Linear(1, 1)
+
+    def forward(self, x):
+        return self.own(self.inner(x).mean((2, 3)))

@@ -1,51 +1,25 @@
 """Running statistics are each rank's own under any construction of DDP, and pool to those of the joined data."""
 
-import logging
 import warnings
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import GhostBatchNorm, SyncBatchNorm, collectives, convert, decide
 from distnorm.norms import BatchRenorm
 from tests import ranks
-from tests.joined import net, own_batches, pooled_of, reference, train
+from tests.joined import Parent, logged, net, own_batches, pooled_of, reference, train
 
 pytestmark = pytest.mark.unit
 
 STEPS = 60
-ONLY_OLD = "broadcast_buffers"  # torch 2.13 warns of it and has another name
-
-
-def logged(body):
-    """Run something, and collect what distnorm warns of meanwhile."""
-    said, handler = [], logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("distnorm")
-    logger.addHandler(handler)
-    try:
-        return body(), said
-    finally:
-        logger.removeHandler(handler)
 
 
 def quietly(*arguments, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(*arguments, **options)
-
-
-class Parent(nn.Module):
-    """Holds what was converted, and is what DDP wraps."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.inner, self.own = model, nn.Linear(1, 1)
-
-    def forward(self, x):
-        return self.own(self.inner(x).mean((2, 3)))
 
 
 def converted(options, sync_ranks=1):

@@ -26,7 +26,7 @@ from distnorm import collectives
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _log = logging.getLogger(__name__)
-_LOOKED = "_distnorm_looked"
+_LOOKED, _COPIES = "_distnorm_looked", "_sync_module_buffers"
 _looked_at: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
@@ -140,12 +140,12 @@ def keep_apart(ddp: DistributedDataParallel, *, every: bool = False) -> bool:
     Collective: none.
     """
     layers = [layer for layer in own_layers(ddp.module, every=every) if _is_sent(layer, ddp)]
-    if not layers:
+    if not layers or _COPIES in ddp.__dict__:
         return True
-    known = ("modules_buffers", "named_module_buffers", "_sync_module_buffers", "_sync_final_model")
+    known = ("modules_buffers", "named_module_buffers", _COPIES, "_sync_final_model")
     can = all(hasattr(ddp, name) for name in known)
     if can:
-        ddp.__dict__["_sync_module_buffers"] = functools.partial(_send_copies, ddp, every)
+        ddp.__dict__[_COPIES] = functools.partial(_send_copies, ddp, every)
         ddp.__dict__["_sync_final_model"] = functools.partial(_send_final_copies, ddp, every)
     _say(ddp, len(layers), can=can)
     return can
