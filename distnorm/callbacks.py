@@ -73,8 +73,8 @@ class EvaluationStatistics(Callback):
     Raises:
         ConfigError: (before the first step) `precise` has nothing to run (the module has neither a `forward` nor a
             `model`) or no batches that it could take; `pooled` or `precise` under a DDP that sends rank 0's buffers
-            around; a `ModelCheckpoint` saves weights only; or `frozen_last` is a share of a training whose steps are
-            not known.
+            around and cannot be kept from it; a `ModelCheckpoint` saves weights only; or `frozen_last` is a share of a
+            training whose steps are not known.
 
     Source: Wu & Johnson 2021, section 3.2 (precise) and 3.4 (frozen late).
     """

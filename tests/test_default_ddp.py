@@ -121,7 +121,7 @@ def of_a_parent(kind, compiled):
     convert(model, spec)
     parent = Parent(model)
     if compiled == "inside":
-        ddp = DistributedDataParallel(torch.compile(parent, backend="aot_eager"))
+        ddp = DistributedDataParallel(torch.compile(parent, backend="aot_eager", fullgraph=True))
     else:
         ddp = DistributedDataParallel(parent)
     run = torch.compile(ddp, backend="aot_eager") if compiled == "outside" else ddp
@@ -139,7 +139,7 @@ def compiled(order, kind):
     model = net()
     convert(model, decide(16, 2) if kind == "batch" else decide(16, 2, kind="ghost"))
     if order == "inside":
-        ddp = run = DistributedDataParallel(torch.compile(model, backend="aot_eager"))
+        ddp = run = DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True))
     else:
         ddp = DistributedDataParallel(model)
         run = torch.compile(ddp, backend="aot_eager")

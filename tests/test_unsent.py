@@ -18,6 +18,7 @@ from tests import ranks
 pytestmark = pytest.mark.unit
 
 LOCAL = NormSpec("batch", 16)
+FULL = {"backend": "aot_eager", "fullgraph": True}
 ALL = NormSpec("sync", 32, sync_ranks=2, world_size=2)
 
 
@@ -162,6 +163,9 @@ def hooks_of_ranks():
     found.append([has_hook(m) for m in copied.modules() if isinstance(m, nn.BatchNorm2d)])
     traced = torch.fx.symbolic_trace(model)
     found.append([node.target for node in traced.graph.nodes if node.op == "call_module"])
+    x = torch.randn(8, 3, 2, 2)
+    for made in (torch.jit.script, lambda model: torch.jit.trace(model, x), lambda model: torch.compile(model, **FULL)):
+        torch.testing.assert_close(made(copy.deepcopy(model))(x), copy.deepcopy(model)(x))
     first.revert()
     found.append([has_hook(m) for m in model.modules()])
     return found

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -75,9 +75,9 @@ def _look() -> None:
 _look._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def watch_hook(module: nn.Module, args: Any) -> None:  # noqa: ARG001
+def watch_hook(module: nn.Module, input: tuple[Tensor]) -> None:  # noqa: A002, ARG001 — as torch.jit.script wants it
     """Watch in a norm that has no code of ours: a forward pre-hook."""
-    if module.training:
+    if not torch.jit.is_scripting() and module.training:
         watch()
 
 
@@ -171,7 +171,7 @@ def _say(ddp: DistributedDataParallel, layers: int, *, can: bool) -> None:
     )
 
 
-def _own_buffers(ddp: DistributedDataParallel, every: bool) -> dict[int, torch.Tensor]:
+def _own_buffers(ddp: DistributedDataParallel, every: bool) -> dict[int, Tensor]:
     layers = own_layers(ddp.module, every=every)
     buffers = (layer._buffers.get(name) for layer in layers for name in STATISTICS)  # noqa: SLF001
     return {id(buffer): buffer for buffer in buffers if buffer is not None}
