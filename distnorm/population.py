@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
+from distnorm.norms.apart import note_load
 
 _log = logging.getLogger(__name__)
 _said = False
@@ -106,6 +107,8 @@ def swap_in(model: nn.Module, statistics: Mapping[str, Tensor]) -> Statistics:
         for key, buffer in _buffers(model):
             if key in statistics:
                 buffer.copy_(statistics[key])
+    for _, layer in normalization_layers(model):
+        note_load(layer)
     return before
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distnorm import GhostBatchNorm, NormSpec, SyncBatchNorm, collectives, convert, decide, evaluation_statistics
+from distnorm.population import swap_in
 from tests import ranks
 from tests.joined import Parent, logged, net, own_batches, pooled_of, reference, train
 
@@ -106,6 +107,34 @@ def writing(kind, how):
 @pytest.mark.parametrize("how", ["load", "partial", "assign", "in place", "replaced", "reset"])
 def test_what_is_written_between_steps_stays(kind, how):
     for mean, expected in ranks.run(writing, kind, how, world=2):
+        assert mean == pytest.approx(expected, rel=1e-5)
+
+
+def resuming(kind, how):
+    """Load what each rank had before it stopped, once DDP is there; DDP's first forward sends rank 0's."""
+    ddp, norm = make(kind)
+    x = own_batches(1)[0]
+    value = torch.full((1,), 10.0 + collectives.rank())
+    state = {**ddp.state_dict(), "module.inner.0.running_mean": value}
+    if how == "swap_in":
+        swap_in(ddp.module, {"inner.0.running_mean": value})
+    else:
+        ddp.load_state_dict(state)
+    if how == "evaluated":
+        ddp.eval()
+        ddp(x)
+        ddp.train()
+    if how == "edited":
+        norm.running_mean.fill_(20)
+        value = torch.full((1,), 20.0)
+    train(ddp, [x])
+    return norm.running_mean.item(), 0.9 * value.item() + 0.1 * x.mean().item()
+
+
+@KINDS
+@pytest.mark.parametrize("how", ["loaded", "swap_in", "evaluated", "edited"])
+def test_what_each_rank_loads_before_the_first_step_stays(kind, how):
+    for mean, expected in ranks.run(resuming, kind, how, world=2):
         assert mean == pytest.approx(expected, rel=1e-5)
 
 

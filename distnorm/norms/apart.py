@@ -6,8 +6,8 @@ them out (`distnorm.unsent`). Where the names do not reach (DDP wraps a parent o
 by hand), the first training forward inside a DDP finds that DDP and keeps them apart: from then on it sends copies. The
 collective stays the same one, so a rank where no forward came yet cannot fall out of step.
 
-To restore after an overwriting is no way: DDP preserves the buffers' version counters, so that nothing shows it, and a
-deliberate write between two forwards would be lost.
+Restoring after each overwriting would not do: DDP preserves the buffers' version counters, so that nothing shows it,
+and a deliberate write between two forwards would be lost.
 """
 
 import functools
@@ -27,6 +27,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _log = logging.getLogger(__name__)
 _LOOKED, _COPIES = "_distnorm_looked", "_sync_module_buffers"
+_loaded: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, int, Tensor]]] = weakref.WeakKeyDictionary()
 _looked_at: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
@@ -87,18 +88,39 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def set_hook(module: nn.Module, *, on: bool) -> None:
-    """Put `watch_hook` on a module, or take it off."""
+    """Put `watch_hook`, and `note_load` with it, on a module, or take them off."""
     if on and not has_hook(module):
         module.register_forward_pre_hook(watch_hook)
+        module.register_load_state_dict_post_hook(note_load)
     elif not on:
-        hooks = module._forward_pre_hooks  # noqa: SLF001
-        for key in [key for key, hook in hooks.items() if hook is watch_hook]:
-            del hooks[key]
+        for hooks in (module._forward_pre_hooks, module._load_state_dict_post_hooks):  # noqa: SLF001
+            for key in [key for key, hook in hooks.items() if hook in (watch_hook, note_load)]:
+                del hooks[key]
 
 
 def is_ours(module: nn.Module) -> bool:
     """Tell whether a batch norm has code of ours, which watches without a hook."""
     return hasattr(type(module), "layer_name")
+
+
+def note_load(layer: nn.Module, *_: Any) -> None:
+    """Remember what was loaded into a layer, which DDP's first sending overwrites; also a `load_state_dict` post hook.
+
+    That sending comes before the first forward that could keep the statistics apart.
+    """
+    if not shares_one_set(layer):
+        buffers = (layer._buffers.get(name) for name in STATISTICS)  # noqa: SLF001
+        counted = [buffer for buffer in buffers if buffer is not None and not buffer.is_inference()]
+        _loaded[layer] = [(buffer, buffer._version, buffer.detach().clone()) for buffer in counted]  # noqa: SLF001
+
+
+def _restore_loaded(layers: list[nn.Module]) -> None:
+    """Put back what was loaded and overwritten, unless someone has written since: DDP preserves version counters."""
+    for layer in layers:
+        for buffer, version, value in _loaded.pop(layer, ()):
+            if buffer._version == version and not torch.compiler.is_compiling():  # noqa: SLF001
+                with torch.no_grad():
+                    buffer.copy_(value)
 
 
 def look_again() -> None:
@@ -147,6 +169,7 @@ def keep_apart(ddp: DistributedDataParallel, *, every: bool = False) -> bool:
     if can:
         ddp.__dict__[_COPIES] = functools.partial(_send_copies, ddp, every)
         ddp.__dict__["_sync_final_model"] = functools.partial(_send_final_copies, ddp, every)
+        _restore_loaded(layers)
     _say(ddp, len(layers), can=can)
     return can
 

@@ -94,6 +94,10 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         if self.training and self.running_mean is not None:
             apart.watch()
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        apart.note_load(self)
+
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_input(self, input)
 
