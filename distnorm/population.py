@@ -48,9 +48,9 @@ def gather_running_stats(model: nn.Module) -> list[Statistics]:
         return [{} for _ in range(collectives.world_size())]
     flat = torch.cat([tensor.double().flatten() for tensor in own.values()])
     rows = collectives.gather(flat, tuple(range(collectives.world_size())), "the gathering of running statistics")
-    ranks = [_unflatten(row, own) for row in rows]
-    _warn_of_fresh_ranks(model, ranks)
-    return ranks
+    if collectives.rank() == 0:
+        _warn_of_fresh_ranks(model, [_unflatten(row, own) for row in rows.cpu()])
+    return [_unflatten(row, own) for row in rows]
 
 
 def pool_running_stats(model: nn.Module) -> Statistics:
@@ -199,7 +199,7 @@ def _warn_of_fresh_ranks(model: nn.Module, ranks: list[Statistics]) -> None:
     rank ten times the batches of another, nor that many more so early.
     """
     global _said  # noqa: PLW0603
-    if _said or collectives.rank() != 0:
+    if _said:
         return
     fresh: dict[str, tuple[int, int]] = {}
     for name, layer in normalization_layers(model):

@@ -7,6 +7,7 @@ from datetime import timedelta
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
@@ -66,6 +67,23 @@ def prepared(kind):
 @pytest.mark.parametrize("kind", ["plain", "kwargs", "dynamo", "parent"])
 def test_accelerates_prepare(kind):
     for mean, var, momentum in ranks.run(prepared, kind, world=2):
+        assert (mean, var) == pytest.approx(reference(STEPS, momentum), rel=1e-4)
+
+
+def with_fabric(kind):
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[TorchElasticEnvironment()])
+    fabric.launch()
+    model = net()
+    convert(model, decide(16, 2))
+    wrapped = fabric.setup(Parent(model) if kind == "parent" else model)
+    for x in own_batches(STEPS):
+        fabric.backward(wrapped(x).sum())
+    return *pooled_of(model, model[0]), model[0].momentum
+
+
+@pytest.mark.parametrize("kind", ["model", "parent"])
+def test_lightnings_fabric(kind):
+    for mean, var, momentum in ranks.run(with_fabric, kind, world=2):
         assert (mean, var) == pytest.approx(reference(STEPS, momentum), rel=1e-4)
 
 

@@ -200,21 +200,21 @@ def _own_buffers(ddp: DistributedDataParallel, every: bool) -> dict[int, Tensor]
     return {id(buffer): buffer for buffer in buffers if buffer is not None}
 
 
-def _send_copies(ddp: Any, every: bool, *arguments: Any) -> None:
+def _send_copies(ddp: Any, every: bool, *arguments: Any, **options: Any) -> None:
     """Send what DDP sends, this rank's own statistics as copies, which rank 0's may overwrite."""
     own, sent, named = _own_buffers(ddp, every), ddp.modules_buffers, ddp.named_module_buffers
     ddp.modules_buffers = [buffer.clone() if id(buffer) in own else buffer for buffer in sent]
     ddp.named_module_buffers = dict(zip(named, ddp.modules_buffers, strict=True))
     try:
-        type(ddp)._sync_module_buffers(ddp, *arguments)  # noqa: SLF001
+        type(ddp)._sync_module_buffers(ddp, *arguments, **options)  # noqa: SLF001
     finally:
         ddp.modules_buffers, ddp.named_module_buffers = sent, named
 
 
-def _send_final_copies(ddp: Any, every: bool, *arguments: Any) -> None:
+def _send_final_copies(ddp: Any, every: bool, *arguments: Any, **options: Any) -> None:
     """End a `join` as DDP does, and put this rank's own statistics back."""
     kept = [(buffer, buffer.clone()) for buffer in _own_buffers(ddp, every).values()]
-    type(ddp)._sync_final_model(ddp, *arguments)  # noqa: SLF001
+    type(ddp)._sync_final_model(ddp, *arguments, **options)  # noqa: SLF001
     with torch.no_grad():
         for buffer, value in kept:
             buffer.copy_(value)

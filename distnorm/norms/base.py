@@ -94,8 +94,8 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         if self.training and self.running_mean is not None:
             apart.watch()
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
         apart.note_load(self)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
