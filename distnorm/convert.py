@@ -45,6 +45,7 @@ def convert(
     """Make every batch norm of `model` what `spec` says, in place.
 
     A layer of constants (`FrozenBatchNorm`, torchvision's `FrozenBatchNorm2d`) stays, unless `spec.layers` names it.
+    Running statistics that not all ranks share are named to DDP, which then sends none of them (`distnorm.unsent`).
 
     Args:
         model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm`, timm's `BatchNormAct2d`, a class that

@@ -4,6 +4,7 @@ import logging
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from distnorm import collectives, evaluation_statistics
 
@@ -75,3 +76,12 @@ class Parent(nn.Module):
 
     def forward(self, x):
         return self.own(self.inner(x).mean((2, 3)))
+
+
+class OtherNames(DistributedDataParallel):
+    """DDP of a torch that calls what it sends otherwise."""
+
+    def __getattribute__(self, name):
+        if name == "named_module_buffers":
+            raise AttributeError(name)
+        return super().__getattribute__(name)

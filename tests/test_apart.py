@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from distnorm import GhostBatchNorm, NormSpec, SyncBatchNorm, collectives, convert, decide, evaluation_statistics
 from distnorm.population import swap_in
 from tests import ranks
-from tests.joined import Parent, logged, net, own_batches, pooled_of, reference, train
+from tests.joined import OtherNames, Parent, logged, net, own_batches, pooled_of, reference, train
 
 pytestmark = pytest.mark.unit
 
@@ -132,6 +132,7 @@ def resuming(kind, how):
 
 
 @KINDS
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="torch 2.11 counts its sending as a write of the user's")
 @pytest.mark.parametrize("how", ["loaded", "swap_in", "evaluated", "edited"])
 def test_what_each_rank_loads_before_the_first_step_stays(kind, how):
     for mean, expected in ranks.run(resuming, kind, how, world=2):
@@ -275,15 +276,6 @@ def twice():
 def test_compiled_code_is_not_taken_for_another_ddp():
     for found in ranks.run(twice, world=2):
         is_right(found)
-
-
-class OtherNames(DistributedDataParallel):
-    """DDP of a torch that calls what it sends otherwise."""
-
-    def __getattribute__(self, name):
-        if name == "named_module_buffers":
-            raise AttributeError(name)
-        return super().__getattribute__(name)
 
 
 def with_other_names():

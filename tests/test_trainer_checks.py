@@ -18,6 +18,7 @@ from distnorm.launch.trainer import make_ddp
 from distnorm.norms.apart import shares_one_set
 from distnorm.trainer_checks import check_buffers_stay
 from tests import ranks
+from tests.joined import OtherNames
 from tests.test_callbacks import Nothing, Task, Truth, fit, spec_of
 
 pytestmark = pytest.mark.unit
@@ -136,15 +137,6 @@ def test_ranks_keep_their_own_statistics_under_a_ddp_that_sends_rank_0s_buffers(
 
 def without_sending(evaluation):
     return with_default_ddp(evaluation, False, make_ddp(60))
-
-
-class OtherNames(nn.parallel.DistributedDataParallel):
-    """DDP of a torch that calls what it sends otherwise."""
-
-    def __getattribute__(self, name):
-        if name == "named_module_buffers":
-            raise AttributeError(name)
-        return super().__getattribute__(name)
 
 
 def unknown_ddp():

@@ -115,7 +115,10 @@ def note_load(layer: nn.Module, *_: Any) -> None:
 
 
 def _restore_loaded(layers: list[nn.Module]) -> None:
-    """Put back what was loaded and overwritten, unless someone has written since: DDP preserves version counters."""
+    """Put back what was loaded and overwritten, unless someone has written since.
+
+    DDP preserves version counters since torch 2.12; with 2.11 its sending looks like a write of the user's.
+    """
     for layer in layers:
         for buffer, version, value in _loaded.pop(layer, ()):
             if buffer._version == version and not torch.compiler.is_compiling():  # noqa: SLF001
