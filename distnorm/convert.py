@@ -33,6 +33,7 @@ from distnorm.norms.base import name_layer
 from distnorm.norms.surgery import check_known, check_model, find_batch_norms, source_of
 from distnorm.selection import Names, Selectors, check_override, override_of
 from distnorm.spec import BATCH_KINDS, NormSpec
+from distnorm.unsent import Unsent
 
 
 def convert(
@@ -45,6 +46,7 @@ def convert(
     """Make every batch norm of `model` what `spec` says, in place.
 
     A layer of constants (`FrozenBatchNorm`, torchvision's `FrozenBatchNorm2d`) stays, unless `spec.layers` names it.
+    Running statistics that not all ranks share are named to DDP, which then sends none of them (`distnorm.unsent`).
 
     Args:
         model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm`, timm's `BatchNormAct2d`, a class that
@@ -175,6 +177,7 @@ class _Plan:
                 snapshot.restore(lambda tensor: tensor)
             raise
         removed = {key: RemovedBias(*pair) for key, pair in keys.items() if removes(key)}
+        unsent = Unsent(self.model, self.spec.world_size)
         left, redundant = self.left, tuple(keys)
         return Conversion(
             self.model,
@@ -185,6 +188,7 @@ class _Plan:
             left=left,
             redundant_biases=redundant,
             removed=removed,
+            unsent=unsent,
         )
 
     def _norms_with_batch_statistics(self) -> Iterator[nn.Module]:

@@ -18,7 +18,7 @@ LADDER = [
     ["collectives", "spec", "evidence", "planner"],
     ["moments", "policy", "uneven", "feeding"],
     ["norms"],
-    ["changes", "flow", "selection", "conversion"],
+    ["changes", "flow", "selection", "conversion", "unsent"],
     ["biases", "identity", "before"],
     ["convert", "fold"],
     [

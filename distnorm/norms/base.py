@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import collectives
 from distnorm.errors import ShapeError
+from distnorm.norms import apart
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
 OF_ONE_STEP = ("_rank_rows", "_passes")
@@ -87,6 +88,7 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
         Shape: input [N, C, *] floating; output: the same.
         """
         self._check_input_dim(input)
+        self._keep_statistics_apart()
         if self.training or self.running_mean is None:
             return followed(self, self._normalize_with_batch(input))
         return followed(self, self._normalize_with_running(input))
@@ -101,6 +103,15 @@ class AbstractBatchStatisticsNorm(_BatchNorm):
     def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Give the running statistics of this forward, to be read or moved: mean and variance [C], and their count."""
         return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _keep_statistics_apart(self) -> None:
+        """Keep this rank's own running statistics, if the forward is one of a DDP that sends rank 0's around."""
+        if self.training and self.running_mean is not None:
+            apart.watch()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        apart.note_load(self)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_input(self, input)

@@ -83,6 +83,7 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
             [N, C, T, H]; output like input.
         """
         self._check_input_dim(input)
+        self._keep_statistics_apart()
         if mask is not None:
             mask = self._fit(mask, input)
             input = torch.where(mask.unsqueeze(1), input, 0)  # noqa: A001 — unlike masked_fill keeps channels-last
