@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm import collectives, positions
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError, ranks_in_words
-from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.base import AbstractBatchStatisticsNorm, name_layer
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 
 WHAT = "the check that all ranks have the same layers"
@@ -121,7 +121,7 @@ def name_layers(model: nn.Module, *, anew: bool = False) -> None:
     """Give each distnorm layer without a name, or all of them `anew`, its place in the model: errors carry it."""
     for name, layer in _inner(model).named_modules():
         if isinstance(layer, AbstractBatchStatisticsNorm) and (anew or not layer.layer_name):
-            layer.layer_name = name
+            name_layer(layer, name, is_unique=True)
 
 
 def layer_table(model: nn.Module, *, modes: bool) -> Table:

@@ -16,6 +16,7 @@ from distnorm import collectives
 from distnorm.calibration import calibrate
 from distnorm.convert import normalization_layers
 from distnorm.freezing import HeldLayers, first_frozen_step
+from distnorm.norms.apart import shares_one_set
 from distnorm.population import (
     Statistics,
     gather_running_stats,
@@ -33,7 +34,7 @@ from distnorm.replay import (
     training_loader,
 )
 from distnorm.spec import NormSpec
-from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints, shares_one_set
+from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +73,8 @@ class EvaluationStatistics(Callback):
     Raises:
         ConfigError: (before the first step) `precise` has nothing to run (the module has neither a `forward` nor a
             `model`) or no batches that it could take; `pooled` or `precise` under a DDP that sends rank 0's buffers
-            around; a `ModelCheckpoint` saves weights only; or `frozen_last` is a share of a training whose steps are
-            not known.
+            around and cannot be kept from it; a `ModelCheckpoint` saves weights only; or `frozen_last` is a share of a
+            training whose steps are not known.
 
     Source: Wu & Johnson 2021, section 3.2 (precise) and 3.4 (frozen late).
     """

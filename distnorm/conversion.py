@@ -179,6 +179,7 @@ class Conversion:
         left: tuple[LeftLayer, ...] = (),
         redundant_biases: tuple[str, ...] = (),
         removed: Mapping[str, Undoable] = MappingProxyType({}),
+        unsent: Undoable | None = None,
     ) -> None:
         self.model, self.spec, self.layers, self.left = model, spec, layers, left
         lost = {s.module: s.lost() for s in snapshots}
@@ -188,7 +189,7 @@ class Conversion:
         self.new_keys = tuple(_keys(model, {s.module: s.gained() for s in snapshots}))
         self.new_parameters = tuple(_keys(model, {s.module: s.new_parameters() for s in snapshots}))
         self.redundant_biases, self.removed_biases = redundant_biases, tuple(removed)
-        self._undo: list[Undoable] = [*snapshots, *removed.values()]
+        self._undo: list[Undoable] = [*snapshots, *removed.values(), *([] if unsent is None else [unsent])]
         self._anchors = anchors
         self._made = [(row.name, s.module) for row, s in zip(layers, snapshots, strict=True)]
 

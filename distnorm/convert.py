@@ -28,10 +28,12 @@ from distnorm.changes import (
 )
 from distnorm.conversion import Anchors, Conversion, ConvertedLayer, LeftLayer, Snapshot
 from distnorm.errors import ConfigError, divisors_in_words
+from distnorm.norms.base import name_layer
 from distnorm.norms.surgery import check_known, check_model, source_of
 from distnorm.owners import Owners, look_for_norms
 from distnorm.selection import Names, Selectors, check_overrides, override_of, with_selection
 from distnorm.spec import BATCH_KINDS, NormSpec
+from distnorm.unsent import Unsent
 
 
 def convert(
@@ -48,6 +50,7 @@ def convert(
     A layer of constants (`FrozenBatchNorm`, those of detection libraries) stays, unless `spec.layers` names it. So does
     a module that applies `F.batch_norm` itself, unless `spec.layers` has its very name. A norm whose owner reads its
     attributes stays where the new layer would lack them, or never run. The table says so of each.
+    Running statistics that not all ranks share are named to DDP, which then sends none of them (`distnorm.unsent`).
 
     Args:
         model: any module that holds `nn.BatchNorm1d/2d/3d`, `nn.SyncBatchNorm`, timm's `BatchNormAct2d`, a class that
@@ -173,13 +176,14 @@ class _Plan:
                 why = make(module, own)
                 snapshots[-1].finish()
                 if hasattr(type(module), "layer_name"):
-                    module.layer_name = name  # type: ignore[assignment]
+                    name_layer(module, name)
                 rows.append(ConvertedLayer(name, channels, was, type(module).__name__, own.normalization_batch, why))
         except BaseException:
             for snapshot in reversed(snapshots):
                 snapshot.restore(lambda tensor: tensor)
             raise
         removed = {key: RemovedBias(*pair) for key, pair in keys.items() if removes(key)}
+        unsent = Unsent(self.model, self.spec.world_size)
         left, redundant = self.left, tuple(keys)
         return Conversion(
             self.model,
@@ -190,6 +194,7 @@ class _Plan:
             left=left,
             redundant_biases=redundant,
             removed=removed,
+            unsent=unsent,
         )
 
     def _norms_with_batch_statistics(self) -> Iterator[nn.Module]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from distnorm.errors import ConfigError
 from distnorm.feeding import fed_by_graph
+from distnorm.norms.apart import watch_hook
 from distnorm.norms.surgery import looks_like_batch_norm, source_of
 from distnorm.norms.weight import STANDARDIZED
 
@@ -173,11 +174,9 @@ def why_not(flow: Flow, layer: nn.Module, after: nn.Module) -> str:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Tell whether someone watches, or changes, what goes through a module."""
-    return any(
-        getattr(module, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    """Tell whether someone watches, or changes, what goes through a module; `convert`'s own hook does neither."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(hook is not watch_hook for hooks in kinds for hook in getattr(module, hooks).values())
 
 
 def tied_parameters(model: nn.Module) -> set[int]:

@@ -21,10 +21,8 @@ class LayerSync(layer_sync.LayerSync):
     `fit` alone, before the optimizers are made and the model is wrapped, and only on strategies with several ranks.
     Where you can, call `distnorm.convert` on the model before `fit` instead: it prints what it does.
 
-    DDP sends rank 0's buffers to all ranks before each forward. Where all ranks share statistics that changes nothing;
-    where the decision lets ranks differ (`batch`, `ghost`, groups), rank 0's replace the others' running statistics,
-    unless it is DDPStrategy(forward_sync_buffers=False), before torch 2.13 broadcast_buffers=False.
-    `distnorm.callbacks.EvaluationStatistics` refuses to pool under the former.
+    DDP sends rank 0's buffers to all ranks before each forward. Running statistics that ranks do not share (`batch`,
+    `ghost`, groups) are left out of that: they stay each rank's own under DDPStrategy's defaults.
 
     Args:
         spec: the decision; `None` makes it when the ranks are known.

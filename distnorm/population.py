@@ -9,6 +9,7 @@ Legend: R ranks, C channels, T rows of running statistics (time steps; else 1).
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,6 +18,10 @@ from torch import Tensor, nn
 from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
+from distnorm.norms.apart import note_load
+
+_log = logging.getLogger(__name__)
+_said = False
 
 Statistics = dict[str, Tensor]
 """Running statistics by `state_dict` key: `layer1.bn.running_mean` → [C]."""
@@ -43,6 +48,8 @@ def gather_running_stats(model: nn.Module) -> list[Statistics]:
         return [{} for _ in range(collectives.world_size())]
     flat = torch.cat([tensor.double().flatten() for tensor in own.values()])
     rows = collectives.gather(flat, tuple(range(collectives.world_size())), "the gathering of running statistics")
+    if collectives.rank() == 0:
+        _warn_of_fresh_ranks(model, [_unflatten(row, own) for row in rows.cpu()])
     return [_unflatten(row, own) for row in rows]
 
 
@@ -100,6 +107,8 @@ def swap_in(model: nn.Module, statistics: Mapping[str, Tensor]) -> Statistics:
         for key, buffer in _buffers(model):
             if key in statistics:
                 buffer.copy_(statistics[key])
+    for _, layer in normalization_layers(model):
+        note_load(layer)
     return before
 
 
@@ -180,6 +189,39 @@ def evaluation_statistics(model: nn.Module, statistics: Statistics | None = None
         yield statistics
     finally:
         swap_in(model, before)
+
+
+def _warn_of_fresh_ranks(model: nn.Module, ranks: list[Statistics]) -> None:
+    """Say once if a checkpoint seems to have been loaded on some ranks only.
+
+    DDP's construction does not send statistics that belong to each rank. A rank that lacks the loaded ones starts from
+    0 and 1, and its average needs about 3 / momentum batches to forget them. Loaders of uneven length do not give one
+    rank ten times the batches of another, nor that many more so early.
+    """
+    global _said  # noqa: PLW0603
+    if _said:
+        return
+    fresh: dict[str, tuple[int, int]] = {}
+    for name, layer in normalization_layers(model):
+        key = f"{name}.num_batches_tracked".lstrip(".")
+        if key in ranks[0] and layer.momentum:
+            counts = [int(rank[key].max()) for rank in ranks]
+            least, most = min((count for count in counts if count), default=0), max(counts)
+            memory = 3 / layer.momentum
+            if 0 < least < memory and most >= 10 * memory:
+                fresh[name or "(the model)"] = (counts.index(least), least)
+    if fresh:
+        _said = True
+        name, (rank, least) = next(iter(fresh.items()))
+        _log.warning(
+            "The running statistics of %d layers are still near 0 and 1 on some ranks: layer %r saw %d batches on rank "
+            "%d, and ten times as many or more on another.\nIf a checkpoint was loaded on some ranks only, load it on "
+            "every rank. DDP does not send statistics that belong to each rank.",
+            len(fresh),
+            name,
+            least,
+            rank,
+        )
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -4,42 +4,29 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
-from distnorm.norms.over_ranks import AbstractNormOverRanks
-
-
-def shares_one_set(layer: nn.Module) -> bool:
-    """Tell whether a batch norm's running statistics are alike on all ranks by construction: all pool together."""
-    world = collectives.world_size()
-    if isinstance(layer, AbstractNormOverRanks):
-        if layer.group_ranks is not None:
-            return len(layer.group_ranks) == world
-        return layer.sync_ranks in (None, world)
-    return world == 1 or (isinstance(layer, nn.SyncBatchNorm) and layer.process_group is None)
+from distnorm.norms.apart import keep_apart, sends_buffers, shares_one_set
 
 
 def check_buffers_stay(trainer: pl.Trainer, model: nn.Module) -> None:
-    """Refuse a DDP that overwrites every rank's running statistics with rank 0's before each forward.
+    """Keep every rank's running statistics its own under a DDP that sends rank 0's before each forward.
 
     Collective: none; alike on all ranks.
 
     Raises:
-        ConfigError: it does, and a layer that trains keeps statistics of its own rank.
+        ConfigError: a layer that trains keeps statistics of its own rank, and this torch's DDP cannot leave them alone.
     """
     wrapped = trainer.strategy.model
-    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel) or not sends_buffers(wrapped):
         return
-    if not getattr(wrapped, "forward_sync_buffers", None) and not wrapped.broadcast_buffers:
-        return
-    for name, layer in normalization_layers(model):
-        if layer.training and not shares_one_set(layer):
-            raise ConfigError(
-                f"DDP sends rank 0's buffers to all ranks before each forward: layer {name!r} could not keep its own "
-                "rank's statistics to be pooled.\nUse Trainer(strategy=DDPStrategy(forward_sync_buffers=False)), "
-                "broadcast_buffers=False before torch 2.13; or norm.evaluation=running.",
-            )
+    own = [name for name, layer in normalization_layers(model) if layer.training and not shares_one_set(layer)]
+    if own and not keep_apart(wrapped, every=True):
+        raise ConfigError(
+            f"DDP sends rank 0's buffers to all ranks before each forward: layer {own[0]!r} could not keep its own "
+            "rank's statistics to be pooled.\nUse Trainer(strategy=DDPStrategy(forward_sync_buffers=False)), "
+            "broadcast_buffers=False before torch 2.13; or norm.evaluation=running.",
+        )
 
 
 def check_whole_checkpoints(trainer: pl.Trainer) -> None:

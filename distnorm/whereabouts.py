@@ -160,3 +160,46 @@ def compare(ranks: Sequence[int], headers: Sequence[Header]) -> str:
         f"{', '.join(parts)}{step}.\nEvery rank must run the same layers with the same channels in every step, in "
         "training mode: is a branch\ntaken, or a layer frozen, on some ranks only?"
     )
+
+
+class Whose(NamedTuple):
+    """Whose numbers a rank brought to an exchange.
+
+    Attributes:
+        what: the exchange of a layer, e.g. `layer4.0.bn1 forward`.
+        number: of the layer among those with its name, from 1.
+        call: of this exchange, from 1.
+    """
+
+    what: str
+    number: int
+    call: int
+
+
+SAME_LAYERS = (
+    "Their numbers would have been pooled as one layer's: every rank must run the same layers in the same order. Is a "
+    "branch taken,\nor a layer chosen by the data, on some ranks only?"
+)
+
+
+def parted(whose: Mapping[int, Whose], step: int | None = None) -> str:
+    """Say which ranks brought which layer's numbers to one exchange.
+
+    Args:
+        whose: by rank; they are not all the same.
+        step: of the training, where somebody said it.
+    """
+    places: dict[Whose, list[int]] = defaultdict(list)
+    for rank, brought in whose.items():
+        places[brought].append(rank)
+    names, numbers = ({brought[field] for brought in places} for field in range(2))
+    parts = []
+    for brought, of in sorted(places.items(), key=lambda item: len(item[1])):
+        part = f"{ranks_in_words(of)} {'is' if len(of) == 1 else 'are'} at {brought.what}"
+        if len(names) == 1:
+            part += f" of layer {brought.number} of that name" if len(numbers) > 1 else f", call {brought.call}"
+        parts.append(part)
+    remedy = SAME_LAYERS
+    if len(names) == 1 < len(numbers):
+        remedy += " If not, name the layers: distnorm.check_ranks(model)."
+    return f"{', '.join(parts)}{_step_in_words(step)}.\n{remedy}"

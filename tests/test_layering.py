@@ -18,7 +18,7 @@ LADDER = [
     ["collectives", "spec", "evidence", "planner"],
     ["moments", "policy", "uneven", "feeding", "lookup"],
     ["norms"],
-    ["changes", "flow", "selection", "conversion", "reading", "trained"],
+    ["changes", "flow", "selection", "conversion", "reading", "trained", "unsent"],
     ["biases", "identity", "before", "unseen"],
     ["owners"],
     ["convert", "fold"],

@@ -255,7 +255,6 @@ def astray(way, tmp_path, *, debug, world=3):
             r"rank 2 left before first \(step 2\); ranks 0, 1 wait in its forward; rank 2 was past first bac",
         ),
         ("stalls", True, r"rank 2 left before first \(step 2\); ranks 0, 1 wait in its forward"),
-        ("skips", False, r"rank 2 went to third forward where ranks 0, 1 went to second forward \(step 2\)"),
     ],
 )
 def test_a_timeout_says_who_left_before_what_and_so_do_the_files(tmp_path, way, debug, sentence):
@@ -264,4 +263,13 @@ def test_a_timeout_says_who_left_before_what_and_so_do_the_files(tmp_path, way, 
     for rank in (0, 1):
         assert f"rank {rank} waited in" in found[rank]
         assert re.search(sentence[1:], found[rank])
+        assert len(found[rank].splitlines()) <= 3
+
+
+@pytest.mark.unit
+def test_a_skipped_layer_is_an_error_on_every_rank_and_the_files_say_it_too(tmp_path):
+    found, afterwards = astray("skips", tmp_path, debug=False)
+    assert re.search(r"rank 2 went to third forward where ranks 0, 1 went to second forward \(step 2\)", afterwards)
+    for rank in range(3):
+        assert found[rank].startswith("rank 2 is at third forward, ranks 0, 1 are at second forward (step 2).")
         assert len(found[rank].splitlines()) <= 3

@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader
 from distnorm import ConfigError, NormSpec, SyncBatchNorm, collectives, decide
 from distnorm.callbacks import EvaluationStatistics
 from distnorm.freezing import first_frozen_step
-from distnorm.trainer_checks import shares_one_set
+from distnorm.launch.trainer import make_ddp
+from distnorm.norms.apart import shares_one_set
+from distnorm.trainer_checks import check_buffers_stay
 from tests import ranks
+from tests.joined import OtherNames
 from tests.test_callbacks import Nothing, Task, Truth, fit, spec_of
 
 pytestmark = pytest.mark.unit
@@ -104,27 +107,58 @@ def test_ranks_agree_on_whether_a_step_was_made(evaluation):
         torch.testing.assert_close(first.double(), torch.cat((truth, other_truth)).mean(0), rtol=1e-5, atol=1e-5)
 
 
-def with_broadcast(evaluation, shared):
+class Kept(Task):
+    """A task whose ranks have other data; it keeps what its norm ends with."""
+
+    def statistics(self):
+        return self.model[1].running_mean.clone()
+
+
+def with_default_ddp(evaluation, shared, strategy=None):
     spec = decide(16, 2, kind="sync") if shared else spec_of(evaluation)
     spec = dataclasses.replace(spec, evaluation=evaluation)
+    strategy = strategy or DDPStrategy(process_group_backend="gloo")
     try:
-        task, _ = fit(spec, strategy=DDPStrategy(process_group_backend="gloo"), max_steps=2)
+        task, _ = fit(spec, Kept(), strategy=strategy, max_steps=6)
     except ConfigError as error:
         return str(error)
-    return len(task.losses)
+    return len(task.losses), task.statistics()
 
 
 @pytest.mark.parametrize("evaluation", ["pooled", "precise"])
-def test_a_ddp_that_sends_rank_0s_buffers_around_is_refused(evaluation):
-    for message in ranks.run(with_broadcast, evaluation, False, world=2):
+def test_ranks_keep_their_own_statistics_under_a_ddp_that_sends_rank_0s_buffers(evaluation):
+    sent = ranks.run(with_default_ddp, evaluation, False, world=2)
+    apart = ranks.run(without_sending, evaluation, world=2)
+    assert not torch.equal(sent[0][1], sent[1][1])
+    for (steps, mean), (_, expected) in zip(sent, apart, strict=True):
+        assert steps == 6
+        torch.testing.assert_close(mean, expected, rtol=0, atol=0)
+
+
+def without_sending(evaluation):
+    return with_default_ddp(evaluation, False, make_ddp(60))
+
+
+def unknown_ddp():
+    task = Task()
+    trainer = SimpleNamespace(strategy=SimpleNamespace(model=OtherNames(task)))
+    with pytest.raises(ConfigError) as error:
+        check_buffers_stay(trainer, task)
+    task.model[1] = SyncBatchNorm(4)
+    check_buffers_stay(trainer, task)
+    return str(error.value)
+
+
+def test_a_ddp_that_cannot_be_kept_from_it_is_refused():
+    for message in ranks.run(unknown_ddp, world=2):
         assert "DDP sends rank 0's buffers to all ranks before each forward: layer 'model.1'" in message
         assert "DDPStrategy(forward_sync_buffers=False)" in message
         assert len(message.splitlines()) <= 3
 
 
-def test_it_does_no_harm_where_all_ranks_have_one_set_or_rank_0s_are_meant():
-    assert ranks.run(with_broadcast, "pooled", True, world=2) == [2, 2]
-    assert ranks.run(with_broadcast, "running", False, world=2) == [2, 2]
+def test_layers_of_one_set_and_rank_0s_statistics_are_left_to_ddp():
+    assert [steps for steps, _ in ranks.run(with_default_ddp, "pooled", True, world=2)] == [6, 6]
+    assert [steps for steps, _ in ranks.run(with_default_ddp, "running", False, world=2)] == [6, 6]
 
 
 def shared_by():

@@ -5,10 +5,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distnorm import positions, whereabouts
+from distnorm.collectives import late, marks
 from distnorm.collectives.groups import control_group, group_of, is_debugging, twin_of
 from distnorm.collectives.world import rank, store, world_size
 from distnorm.errors import GroupError, ranks_in_words
@@ -21,28 +23,56 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
     """Gather one flat tensor of equal length from each rank.
 
     Args:
-        values: flat tensor of K numbers, the same K and dtype on every rank.
+        values: flat tensor of K numbers, the same K and dtype on every rank; float64 where `what` is a `Place`.
         ranks: who takes part, this rank among them.
-        what: names the exchange in an error, e.g. `layer4.0.bn1 forward`.
+        what: names the exchange in an error, e.g. `layer4.0.bn1 forward`. A `Place` says which layer's numbers these
+            are, too: one more number travels, and the ranks compare.
 
     Returns:
         [len(ranks), K], rows in rank order, equal on all ranks bit for bit.
 
-    Collective: 1 gather of K numbers over `ranks`.
+    Collective: 1 gather of K numbers over `ranks`, K + 1 with a `Place`.
 
     Raises:
-        GroupError: a rank did not take part in time, or died.
+        GroupError: a rank did not take part in time, or died; or the ranks' numbers are of different layers, or of
+            different calls: on all of them alike. On an accelerator a later exchange raises that.
     """
     if len(ranks) == 1:
         return values.unsqueeze(0)
-    rows_RK = values.new_empty(len(ranks) * values.numel())
     place = _enter(values, ranks, what)
+    if isinstance(what, marks.Place):
+        values = torch.cat((values.new_full((1,), what.next_mark(ranks)), values))
+    rows_RK = values.new_empty(len(ranks) * values.numel())
     try:
         _all_gather(rows_RK, values.contiguous(), group=group_of(ranks))
     except RuntimeError as error:
         raise_named(error, ranks, what)
     positions.leave(place)
-    return rows_RK.view(len(ranks), -1)
+    rows_RK = rows_RK.view(len(ranks), -1)
+    if not isinstance(what, marks.Place):
+        return rows_RK
+    _compare(rows_RK[:, 0], marks.Gathered(ranks, what))
+    return rows_RK[:, 1:]
+
+
+def _compare(came: Tensor, marks_of: marks.Gathered | marks.Summed) -> None:
+    """Raise on all ranks of a group where their marks differ; on an accelerator at a later exchange."""
+    if came.device.type != "cpu":
+        late.look(came, marks_of)
+    elif not marks_of.alike(came.tolist()):
+        _raise_parted(marks_of, came.tolist())
+
+
+def _raise_parted(marks_of: marks.Gathered | marks.Summed, came: list[float]) -> NoReturn:
+    """Say which ranks were at which layer: all of them have found that they differ, and meet here once more."""
+    ranks = marks_of.ranks
+    try:
+        whose = _hear_all(marks_of.place.whose(ranks), ranks, group_of(ranks))
+    except RuntimeError as error:  # gloo ends a rank that receives more than it expects
+        raise GroupError(marks_of.describe(came)) from error
+    finally:
+        marks_of.take_back()
+    raise GroupError(whereabouts.parted(dict(zip(ranks, whose, strict=True)), positions.step_now()))
 
 
 def start_gather(values: Tensor, ranks: tuple[int, ...], what: str) -> "Pending":
@@ -67,8 +97,17 @@ def start_gather(values: Tensor, ranks: tuple[int, ...], what: str) -> "Pending"
 class Pending:
     """An exchange that is under way; `wait` gives the tensor that holds it."""
 
-    def __init__(self, values: Tensor, work: Any, ranks: tuple[int, ...], what: str, place: int = 0) -> None:
+    def __init__(
+        self,
+        values: Tensor,
+        work: Any,
+        ranks: tuple[int, ...],
+        what: str,
+        place: int = 0,
+        mark: marks.Summed | None = None,
+    ) -> None:
         self._values, self._work, self._ranks, self._what, self._place = values, work, ranks, what, place
+        self._mark = mark
 
     def wait(self) -> Tensor:
         """Block (on CUDA: let the stream wait) until the result has arrived."""
@@ -78,25 +117,37 @@ class Pending:
             except RuntimeError as error:
                 raise_named(error, self._ranks, self._what)
             positions.leave(self._place)
+        if self._mark is not None:
+            self._values, came = self._values.tensor_split([-marks.Summed.NUMBERS])
+            mark, self._mark = self._mark, None
+            _compare(came, mark)
         return self._values
 
 
 def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> Pending:
-    """Start to sum a flat tensor over ranks, in place.
+    """Start to sum a flat tensor over ranks; `wait` gives the sums, in the place of the values or not.
 
-    Collective: 1 sum of `values.numel()` numbers over `ranks`.
+    Args:
+        values: flat tensor of K numbers; float32 or float64 where `what` is a `Place`.
+        ranks: who takes part, this rank among them.
+        what: names the exchange in an error; a `Place` marks it, as in `gather`.
+
+    Collective: 1 sum of K numbers over `ranks`, K + 4 with a `Place`.
 
     Raises:
-        GroupError: (also from `wait`) a rank did not take part in time, or died.
+        GroupError: (also from `wait`) as `gather`; of a layer's calls a sum is not compared.
     """
-    work, place = None, 0
+    work, place, mark = None, 0, None
     if len(ranks) > 1:
         place = _enter(values, ranks, what)
+        if isinstance(what, marks.Place):
+            mark = what.marked_sum(ranks, values)
+            values = torch.cat((values, mark.tensor))
         try:
             work = dist.all_reduce(values, group=group_of(ranks), async_op=True)
         except RuntimeError as error:
             raise_named(error, ranks, what)
-    return Pending(values, work, ranks, what, place)
+    return Pending(values, work, ranks, what, place, mark)
 
 
 def _enter(values: Tensor, ranks: tuple[int, ...], what: str) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distnorm.collectives.marks import forget_places
 from distnorm.collectives.world import is_running, rank, timeout, world_size
 from distnorm.errors import ConfigError, divisors_in_words
 
@@ -156,6 +157,7 @@ def _forget_other_worlds() -> None:
         _adopted.clear()
         _twins.clear()
         _members.clear()
+        forget_places()
         _groups_of = dist.group.WORLD
 
 

@@ -10,13 +10,27 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm import collectives
 from distnorm.errors import ShapeError
+from distnorm.norms import apart
 from distnorm.norms.leaf import TracedAsLeaf
 from distnorm.norms.quantizing import check_not_quantized
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
 
 OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
+
+
+def name_layer(layer: Any, name: str, *, is_unique: bool = False) -> None:
+    """Give a layer the name that errors carry, and by which other ranks know whose numbers it brings.
+
+    Args:
+        layer: one of distnorm's.
+        name: its place in the model; empty where nobody knows it.
+        is_unique: no other layer of this process has the name, on any rank.
+    """
+    layer.layer_name = name
+    layer.layer_order = collectives.ONLY_ONE if is_unique else collectives.count_layer(name_in_words(layer))
 
 
 def name_in_words(layer: Any) -> str:
@@ -62,10 +76,12 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
 
     Attributes:
         layer_name: how the model calls this layer; errors carry it.
+        layer_order: which of the layers of this name it is, see `name_layer`.
         after: names of submodules that are applied to the output: the activation of a layer that had one built in.
     """
 
     layer_name: str = ""
+    layer_order: int = 0
     after: tuple[str, ...] = ()
     _passes: Passes | None = None
 
@@ -75,6 +91,7 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
         Shape: input [N, C, *] floating; output: the same.
         """
         self._check_input_dim(input)
+        self._keep_statistics_apart()
         if self.training or self.running_mean is None:
             return followed(self, self._normalize_with_batch(input))
         return followed(self, self._normalize_with_running(input))
@@ -89,6 +106,15 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
     def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Give the running statistics of this forward, to be read or moved: mean and variance [C], and their count."""
         return self.running_mean, self.running_var, self.num_batches_tracked
+
+    def _keep_statistics_apart(self) -> None:
+        """Keep this rank's own running statistics, if the forward is one of a DDP that sends rank 0's around."""
+        if self.training and self.running_mean is not None:
+            apart.watch()
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        apart.note_load(self)
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_input(self, input)

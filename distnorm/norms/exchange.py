@@ -26,37 +26,45 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -> tupl
 members._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF001
 
 
-def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
-    """Gather K numbers from each rank; see `collectives.gather`."""
+Whose = tuple[str, int]
+"""Whose numbers travel: the layer's name in messages, and its order among the layers of that name."""
+
+
+def gather(values: Tensor, ranks: tuple[int, ...], whose: Whose, kind: str) -> Tensor:
+    """Gather K float64 numbers from each rank, in a layer's forward or backward; see `collectives.gather`."""
     if torch.compiler.is_compiling() and len(ranks) > 1:
-        return torch.ops.distnorm.gather(values, ranks, what)  # type: ignore[no-any-return]
-    return collectives.gather(values, ranks, what)
+        return torch.ops.distnorm.gather(values, ranks, *whose, kind)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        return values.unsqueeze(0)
+    return collectives.gather(values, ranks, collectives.place_of(*whose, kind))
 
 
-def start_sum(values: Tensor, ranks: tuple[int, ...], what: str) -> collectives.Pending:
+def start_sum(values: Tensor, ranks: tuple[int, ...], whose: Whose, kind: str) -> collectives.Pending:
     """Start to sum K numbers over ranks; see `collectives.start_sum`. In a compiled graph the sum is there at once."""
     if torch.compiler.is_compiling():
         if len(ranks) > 1:
-            values = torch.ops.distnorm.sum(values, ranks, what)
-        return collectives.Pending(values, None, ranks, what)
-    return collectives.start_sum(values, ranks, what)
+            values = torch.ops.distnorm.sum(values, ranks, *whose, kind)
+        return collectives.Pending(values, None, ranks, "")
+    return collectives.start_sum(values, ranks, collectives.place_of(*whose, kind))
 
 
 @torch.library.custom_op("distnorm::gather", mutates_args=())
-def _gather(values: Tensor, ranks: Sequence[int], what: str) -> Tensor:
-    return collectives.gather(values, tuple(ranks), what)
+def _gather(values: Tensor, ranks: Sequence[int], layer: str, order: int, kind: str) -> Tensor:
+    # a custom operator's result may not share memory with anything: the rows are a view without their marks
+    return collectives.gather(values, tuple(ranks), collectives.place_of(layer, order, kind)).contiguous()
 
 
 @_gather.register_fake
-def _(values: Tensor, ranks: Sequence[int], what: str) -> Tensor:  # noqa: ARG001
+def _(values: Tensor, ranks: Sequence[int], layer: str, order: int, kind: str) -> Tensor:  # noqa: ARG001
     return values.new_empty(len(ranks), values.numel())
 
 
 @torch.library.custom_op("distnorm::sum", mutates_args=())
-def _sum(values: Tensor, ranks: Sequence[int], what: str) -> Tensor:
-    return collectives.start_sum(values.clone(), tuple(ranks), what).wait()
+def _sum(values: Tensor, ranks: Sequence[int], layer: str, order: int, kind: str) -> Tensor:
+    place = collectives.place_of(layer, order, kind)
+    return collectives.start_sum(values, tuple(ranks), place).wait().clone()
 
 
 @_sum.register_fake
-def _(values: Tensor, ranks: Sequence[int], what: str) -> Tensor:  # noqa: ARG001
+def _(values: Tensor, ranks: Sequence[int], layer: str, order: int, kind: str) -> Tensor:  # noqa: ARG001
     return torch.empty_like(values)

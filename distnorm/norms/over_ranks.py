@@ -12,7 +12,7 @@ from distnorm import collectives
 from distnorm.errors import ConfigError, ShapeError
 from distnorm.moments import statistics_dtype
 from distnorm.norms import exchange, kernels
-from distnorm.norms.base import AbstractBatchStatisticsNorm, followed
+from distnorm.norms.base import AbstractBatchStatisticsNorm, followed, name_layer
 from distnorm.norms.pooling import Pooled, pool, unpack
 from distnorm.norms.recomputation import Correction, Pass
 from distnorm.norms.synchronized import normalize
@@ -45,6 +45,11 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         self.sync_ranks, self.group_ranks = sync_ranks, None if group_ranks is None else tuple(group_ranks)
         if process_group is not None:
             self.group_ranks = collectives.adopt(process_group)
+        name_layer(self, "")
+
+    def whose(self) -> exchange.Whose:
+        """Say whose numbers this layer exchanges: its name in messages, and its order among layers of that name."""
+        return self.name_in_words(), self.layer_order
 
     def members(self) -> tuple[int, ...]:
         """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""
@@ -78,6 +83,7 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
             [N, C, T, H]; output like input.
         """
         self._check_input_dim(input)
+        self._keep_statistics_apart()
         if mask is not None:
             mask = self._fit(mask, input)
             input = torch.where(mask.unsqueeze(1), input, 0)  # noqa: A001 — unlike masked_fill keeps channels-last
@@ -101,14 +107,14 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         assert passed.pooled is not None
         weight, bias = self._gain_and_shift(passed)
         kept = None if torch.compiler.is_compiling() else passed
-        y = normalize(x, weight, bias, passed.pooled, self.eps, ranks, self.name_in_words(), scratch, kept)
+        y = normalize(x, weight, bias, passed.pooled, self.eps, ranks, self.whose(), scratch, kept)
         if kept is not None:
             self._keep(kept, y)
         return y
 
     def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pass:
         """Pool the moments of the group, and move the running statistics."""
-        pooled, rows_RK = pool(own_K, statistics_dtype(x.dtype), ranks, f"{self.name_in_words()} forward")
+        pooled, rows_RK = pool(own_K, statistics_dtype(x.dtype), ranks, self.whose())
         self._check_count(pooled.count, own_K, ranks, x, mask)
         correction = self._correction(pooled)
         if self.training:

@@ -37,27 +37,30 @@ class Pooled(NamedTuple):
         return cls(mean_C, mean_C.to(dtype), var_C.to(dtype), count)
 
 
-def pool(own_K: Tensor, dtype: torch.dtype, ranks: tuple[int, ...], what: str) -> tuple[Pooled, Tensor | None]:
+def pool(
+    own_K: Tensor, dtype: torch.dtype, ranks: tuple[int, ...], whose: exchange.Whose
+) -> tuple[Pooled, Tensor | None]:
     """Pool this rank's moments with those of the others.
 
     Args:
         own_K: mean, biased variance and count, float64.
         dtype: of the statistics.
         ranks: who pools.
-        what: names the exchange in an error.
+        whose: the layer's name and order; ranks that bring another layer's moments are an error.
 
     Returns:
         The pooled statistics, equal on all ranks bit for bit; and all ranks' own [R, K], `None` where they were summed
         and not gathered.
 
-    Collective: 1 gather of K float64 numbers; with more than 16 ranks, unless the statistics are float64, 1 sum.
+    Collective: 1 gather of K + 1 float64 numbers, of which one says whose they are; with more than 16 ranks, unless the
+        statistics are float64, 1 sum of K + 4.
     """
     on_host = own_K.device.type == "cpu" and is_plain(own_K)
     if len(ranks) > GATHER_UP_TO and dtype != torch.float64:
-        moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, what).wait())
+        moments = Moments.of_sums(exchange.start_sum(unpack(own_K).sums(), ranks, whose, "forward").wait())
         total = float(moments.count) if on_host else moments.count
         return Pooled.of(moments.mean, moments.var, total, dtype), None
-    rows_RK = exchange.gather(own_K, ranks, what)
+    rows_RK = exchange.gather(own_K, ranks, whose, "forward")
     if on_host:
         return _merge_on_host(rows_RK, dtype), rows_RK
     moments = unpack(rows_RK).merged()

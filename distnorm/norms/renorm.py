@@ -64,7 +64,7 @@ class BatchRenorm(AbstractNormOverRanks):
         ConfigError: `r_max` is below 1, or `d_max`, `warmup` or `ramp` below 0; or the ranks are named twice.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; the mask does not fit; or the whole
             group has one value a channel.
-        GroupError: a rank of the group failed, or did not come within the process group's timeout.
+        GroupError: as `SyncBatchNorm`.
 
     Example:
         >>> layer = BatchRenorm(3, r_max=1.5, d_max=0.5, warmup=5000, ramp=35000)

@@ -225,7 +225,7 @@ def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:
     after = after_of(module)
     module.__class__ = cls
     # torch's synchronized layer holds a process group, and ours what belongs to one step: nothing could copy them
-    for name in ("process_group", "layer_name", *_OF_A_KIND, *OF_ONE_STEP, *AS_TORCHS):
+    for name in ("process_group", "layer_name", "layer_order", *_OF_A_KIND, *OF_ONE_STEP, *AS_TORCHS):
         module.__dict__.pop(name, None)
     if issubclass(cls, TracedAsLeaf):
         module.__dict__.update(AS_TORCHS)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm import collectives
+from distnorm.norms.base import name_layer
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import become, find_norms, register_norm
@@ -44,14 +45,15 @@ class SyncBatchNorm(AbstractNormOverRanks):
     Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some. output: the same.
 
     Collective: train: 1 gather of 2C + 1 doubles forward (with more than 16 ranks in a group: 1 sum of as many), 1 sum
-        of 2C floats backward, over the group; nothing when activation checkpointing repeats a forward; 2 sums of
-        2C more where the gradient is itself differentiated. eval: none. Every rank of the group must reach this layer
-        in every training step, and run backward through it.
+        of 2C floats backward, over the group, each with a mark that says whose numbers they are; nothing when
+        activation checkpointing repeats a forward; 2 sums of 2C more where the gradient is itself differentiated. eval:
+        none. Every rank of the group must reach this layer in every training step, and run backward through it.
 
     Raises:
         ShapeError: dimension 1 is not `num_features`; the input is not floating; or the mask does not fit: on the rank
             where it is so. The whole group has one value a channel: on every rank alike.
-        GroupError: a rank of the group failed, or did not come within the process group's timeout.
+        GroupError: a rank of the group failed, or did not come within the process group's timeout; or another rank of
+            the group brought numbers of another layer or call: on every rank of the group alike.
 
     Example:
         >>> layer = SyncBatchNorm(3)
@@ -103,7 +105,8 @@ class SyncBatchNorm(AbstractNormOverRanks):
         group_ranks = None if process_group is None else collectives.adopt(process_group)
         for name, norm in find_norms(module).items():
             if group_ranks is not None or not isinstance(norm, SyncBatchNorm):
-                become(norm, cls, sync_ranks=None, group_ranks=group_ranks, layer_name="" if norm is module else name)
+                become(norm, cls, sync_ranks=None, group_ranks=group_ranks)
+                name_layer(norm, "" if norm is module else name)
         return module
 
     def _normalize_with_batch(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

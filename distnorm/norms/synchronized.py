@@ -31,7 +31,7 @@ def normalize(
     pooled: Pooled,
     eps: float,
     ranks: tuple[int, ...],
-    name: str,
+    whose: exchange.Whose,
     scratch: kernels.Scratch | None = None,
     passed: Pass | None = None,
 ) -> Tensor:
@@ -44,7 +44,7 @@ def normalize(
         pooled: statistics of all ranks' inputs, this one's among them.
         eps: added to the variance.
         ranks: who pooled.
-        name: the layer's, for errors.
+        whose: the layer's name and order, for the exchange.
         scratch: what `kernels.measure` left.
         passed: lives as long as the graph of the result.
 
@@ -57,7 +57,7 @@ def normalize(
     # Dynamo takes no tensor twice, and in float64 the exact mean is the mean.
     exact_mean_C = None if torch.compiler.is_compiling() else pooled.exact_mean
     statistics = (exact_mean_C, pooled.mean, invstd_C, pooled.count)
-    y: Tensor = _Normalize.apply(x, weight, bias, *statistics, ranks, name, scratch, passed)  # type: ignore[no-untyped-call]
+    y: Tensor = _Normalize.apply(x, weight, bias, *statistics, ranks, whose, scratch, passed)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -73,13 +73,13 @@ class _Normalize(torch.autograd.Function):
         invstd_C: Tensor,
         count: Tensor | float,
         ranks: tuple[int, ...],
-        name: str,
+        whose: exchange.Whose,
         scratch: kernels.Scratch | None,
         passed: Pass | None,
     ) -> Tensor:
         _save(ctx, x, weight, mean_C, invstd_C, count)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.ranks, ctx.name, ctx.passed = ranks, name, passed
+        ctx.ranks, ctx.whose, ctx.passed = ranks, whose, passed
         exact_mean_C = mean_C if exact_mean_C is None else exact_mean_C
         return kernels.normalize(x, exact_mean_C, mean_C, invstd_C, weight, bias, scratch)
 
@@ -96,7 +96,7 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
     x, weight, mean_C, invstd_C, count = _saved(ctx)
     dy = kernels.dense(dy, like=x)
     dy_C, dy_xhat_C = kernels.gradient_sums(dy, x, mean_C, invstd_C)
-    pending = exchange.start_sum(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, f"{ctx.name} backward")
+    pending = exchange.start_sum(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, ctx.whose, "backward")
     dweight = dy_xhat_C.to(weight.dtype) if weight is not None and ctx.needs_input_grad[1] else None
     dbias = dy_C.to(ctx.bias_dtype) if ctx.needs_input_grad[2] else None
     if not ctx.needs_input_grad[0]:
@@ -108,11 +108,11 @@ def _gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tenso
 
 def _gradient_to_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     x, weight, mean_C, invstd_C, count = _saved(ctx)
-    mean_C, invstd_C = _Statistics.apply(x, mean_C, invstd_C, count, ctx.ranks, ctx.name)  # type: ignore[no-untyped-call]
+    mean_C, invstd_C = _Statistics.apply(x, mean_C, invstd_C, count, ctx.ranks, ctx.whose)  # type: ignore[no-untyped-call]
     over, dtype = kernels.all_but_channels(x), statistics_dtype(x.dtype)
     xhat = (x - kernels.wide(mean_C, x)) * kernels.wide(invstd_C, x)
     dy_C, dy_xhat_C = dy.to(xhat.dtype).sum(over), (dy * xhat).sum(over)
-    sums_2C = _Sum.apply(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, f"{ctx.name} backward")  # type: ignore[no-untyped-call]
+    sums_2C = _Sum.apply(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, ctx.whose, "backward")  # type: ignore[no-untyped-call]
     mean_dy_C, mean_dy_xhat_C = (sums_2C / _divisor(count)).chunk(2)
     scale_C = invstd_C if weight is None else invstd_C * weight
     dx = (dy - kernels.wide(mean_dy_C, x) - xhat * kernels.wide(mean_dy_xhat_C, x)) * kernels.wide(scale_C, x)
@@ -128,19 +128,25 @@ class _Statistics(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean_C: Tensor, invstd_C: Tensor, count: Tensor | float, ranks: tuple[int, ...], name: str
+        ctx: Any,
+        x: Tensor,
+        mean_C: Tensor,
+        invstd_C: Tensor,
+        count: Tensor | float,
+        ranks: tuple[int, ...],
+        whose: exchange.Whose,
     ) -> tuple[Tensor, Tensor]:
         _save(ctx, x, None, mean_C, invstd_C, count)
-        ctx.ranks, ctx.name = ranks, name
+        ctx.ranks, ctx.whose = ranks, whose
         return mean_C.clone(), invstd_C.clone()
 
     @staticmethod
     def backward(ctx: Any, dmean_C: Tensor, dinvstd_C: Tensor) -> tuple[Tensor | None, ...]:
         x, _, mean_C, invstd_C, count = _saved(ctx)
         if torch.is_grad_enabled():
-            mean_C, invstd_C = _Statistics.apply(x, mean_C, invstd_C, count, ctx.ranks, ctx.name)  # type: ignore[no-untyped-call]
+            mean_C, invstd_C = _Statistics.apply(x, mean_C, invstd_C, count, ctx.ranks, ctx.whose)  # type: ignore[no-untyped-call]
         both_2C = torch.cat((dmean_C, dinvstd_C))
-        summed_2C = _Sum.apply(both_2C, ctx.ranks, f"{ctx.name} double backward")  # type: ignore[no-untyped-call]
+        summed_2C = _Sum.apply(both_2C, ctx.ranks, ctx.whose, "double backward")  # type: ignore[no-untyped-call]
         from_mean_C, from_invstd_C = (summed_2C / _divisor(count)).chunk(2)
         on_xmu_C = -from_invstd_C * invstd_C**3
         dx = kernels.wide(from_mean_C, x) + (x - kernels.wide(mean_C, x)) * kernels.wide(on_xmu_C, x)
@@ -151,13 +157,14 @@ class _Sum(torch.autograd.Function):
     """A sum over ranks, whose gradient is the sum of the ranks' gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
-        ctx.ranks, ctx.what = ranks, what
-        return exchange.start_sum(values.clone(), ranks, what).wait()
+    def forward(ctx: Any, values: Tensor, ranks: tuple[int, ...], whose: exchange.Whose, kind: str) -> Tensor:
+        ctx.ranks, ctx.whose, ctx.kind = ranks, whose, kind
+        return exchange.start_sum(values, ranks, whose, kind).wait().clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Sum.apply(grad, ctx.ranks, f"{ctx.what}, differentiated"), None, None  # type: ignore[no-untyped-call]
+        kind = f"{ctx.kind}, differentiated"
+        return _Sum.apply(grad, ctx.ranks, ctx.whose, kind), None, None, None  # type: ignore[no-untyped-call]
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor | None, mean_C: Tensor, invstd_C: Tensor, count: Tensor | float) -> None:
