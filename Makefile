@@ -5,7 +5,7 @@ ARGS ?=
 # A worker a core, and at most four: each keeps warm ranks of its own. One process: make test ARGS="-n 0"
 WORKERS := --numprocesses logical --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
-.PHONY: help train test unit bench campaign check format clean
+.PHONY: help train test slow unit bench campaign check format clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,8 +13,11 @@ help:  ## show this list
 train: .venv/.installed  ## train the digits on two CPU ranks; ARGS="..." are Hydra overrides
 	$(BIN)/python train.py trainer=cpu_ddp $(ARGS)
 
-test: .venv/.installed-dev  ## run all tests; ARGS="..." go to pytest
-	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
+test: .venv/.installed-dev  ## run all tests but the slow ones; ARGS="..." go to pytest, ARGS="-m unit" chooses others
+	$(BIN)/python -m pytest -m "not slow" $(WORKERS) $(ARGS)
+
+slow: .venv/.installed-dev  ## run the slow tests, which `make test` and CI leave out
+	$(BIN)/python -m pytest -m slow $(WORKERS) $(ARGS)
 
 unit: .venv/.installed-dev  ## run the quick tests
 	$(BIN)/python -m pytest -m unit $(WORKERS) $(ARGS)

@@ -8,7 +8,6 @@ neighbours, so that other work on the machine slows both.
 
 import argparse
 import os
-import pickle
 import socket
 import tempfile
 import time
@@ -18,15 +17,15 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import multiprocessing
 
-from bench import report
+from bench import ranks, report
 from bench.timing import Spread
 from distnorm import collectives, convert
 from distnorm.callbacks import EvaluationStatistics
 from distnorm.convert import normalization_layers
 from distnorm.drift.monitor import DriftMonitor
-from distnorm.launch import console, ranks
+from distnorm.launch import console
+from distnorm.launch import ranks as launched
 from distnorm.launch.compose import composed
 from distnorm.launch.run_dir import RunFolder
 from distnorm.launch.trainer import make_trainer
@@ -101,13 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         work = (options.ranks, port, folder, laps, block, options.overrides)
-        multiprocessing.spawn(_run_rank, work, nprocs=options.ranks)
-        took: list[Block] = pickle.loads((folder / "took").read_bytes())
+        outcome = ranks.run(_run_rank, *work, world=options.ranks, kept=folder / "took")
+    took: list[Block] | None = outcome.found
+    if took is None:
+        raise SystemExit(outcome.failure)
     print(table(took, block))
     part = RESULTS.with_suffix(".part.json")  # a quick look must not replace what was measured
     path = options.json or (part if options.quick or options.overrides else RESULTS)
     report.write_json(path, content(took, block, options.ranks))
     print(f"written to {path}")
+    if outcome.failure:
+        raise SystemExit(f"All blocks were measured, and then: {outcome.failure}")
 
 
 def ratios(took: Sequence[Block], field: str) -> dict[str, Spread]:
@@ -158,7 +161,7 @@ def _run_rank(rank: int, world: int, port: int, folder: Path, laps: int, block: 
         "+trainer.lightning.limit_val_batches=0", *overrides,
     ]  # fmt: skip
     settings = composed(CONFIG, changes).with_batches(world)
-    found = ranks.find(settings.trainer)
+    found = launched.find(settings.trainer)
     run = RunFolder(folder / "run")
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     data = build(settings.data)
@@ -173,7 +176,7 @@ def _run_rank(rank: int, world: int, port: int, folder: Path, laps: int, block: 
     seed_rank(settings.seed, rank)
     trainer.fit(task, datamodule=data)
     if rank == 0:
-        (folder / "took").write_bytes(pickle.dumps(alternating.took))
+        ranks.keep(folder / "took", alternating.took)
     collectives.end_ranks()
 
 

@@ -8,7 +8,6 @@ the two bare exchanges (the limit), ours, and the naive way. On CUDA also torch'
 
 import argparse
 import os
-import pickle
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing
 
-from bench import cuda, report
+from bench import cuda, ranks, report
 from bench.rows import Row, all_rows
 from bench.timing import Measurement, measure
 from distnorm import collectives
@@ -35,12 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not names:
         raise SystemExit(f"--rows {options.rows!r} is in no row's name. Rows: {', '.join(r.name for r in all_rows())}.")
     repetitions, warmup = (3, 1) if options.quick else (options.repetitions, 5)
-    found, on_cuda = _run_everywhere(options.ranks, options.rows, repetitions, warmup)
-    print(report.table(found))
-    part = RESULTS.with_suffix(".part.json")  # a quick look must not replace what was measured
-    path = options.json or (part if options.quick or options.rows else RESULTS)
-    report.write(path, found, on_cuda, options.ranks)
-    print(f"written to {path}")
+    found, on_cuda, failures = _run_everywhere(options.ranks, options.rows, repetitions, warmup)
+    whole = len(found) == len(names)
+    if found:
+        print(report.table(found))
+        part = RESULTS.with_suffix(".part.json")  # a quick look must not replace a whole measurement
+        path = options.json or (part if options.quick or options.rows or not whole else RESULTS)
+        report.write(path, found, on_cuda, options.ranks)
+        print(f"written to {path}")
+    if failures:
+        raise SystemExit("\n".join([f"{len(found)} of {len(names)} rows were measured, and then:", *failures]))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,16 +61,16 @@ def _chosen(pattern: str) -> list[Row]:
 
 def _run_everywhere(
     world: int, pattern: str, repetitions: int, warmup: int
-) -> tuple[list[Measurement], list[dict[str, Any]]]:
-    """Start the ranks, and the CUDA process after them; each leaves what it found in a folder."""
+) -> tuple[list[Measurement], list[dict[str, Any]], list[str]]:
+    """Start the ranks, and the CUDA process after them: rows, rows on CUDA, and the failures of either."""
     with tempfile.TemporaryDirectory(prefix="distnorm-bench-") as name:
         folder = Path(name)
-        multiprocessing.spawn(_run_rank, (world, folder, pattern, repetitions, warmup), nprocs=world)
-        found: list[Measurement] = _take(folder / "rows")
-        if not torch.cuda.is_available():
-            return found, []
-        multiprocessing.spawn(_run_cuda, (folder, pattern, repetitions), nprocs=1)
-        return found, _take(folder / "cuda")
+        work = (world, folder, pattern, repetitions, warmup)
+        on_ranks, on_cuda = ranks.run(_run_rank, *work, world=world, kept=folder / "rows"), ranks.Outcome([], None)
+        if torch.cuda.is_available():
+            on_cuda = ranks.run(_run_cuda, folder, pattern, repetitions, world=1, kept=folder / "cuda")
+    failures = [outcome.failure for outcome in (on_ranks, on_cuda) if outcome.failure]
+    return on_ranks.found or [], on_cuda.found or [], failures
 
 
 def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: int, warmup: int) -> None:
@@ -85,18 +87,13 @@ def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: in
         took_s = time.perf_counter() - started_s
         ratios = ", ".join(f"{key.replace('_', ' ')} {r.median:.2f}" for key, r in found[-1].ratios.items())
         if rank == 0:
+            ranks.keep(folder / "rows", found)
             print(f"[{number}/{len(rows)}] {row.name}: {ratios}  ({took_s:.1f} s)", flush=True)
-    if rank == 0:
-        (folder / "rows").write_bytes(pickle.dumps(found))
     collectives.end_ranks()
 
 
 def _run_cuda(_: int, folder: Path, pattern: str, repetitions: int) -> None:
-    (folder / "cuda").write_bytes(pickle.dumps(cuda.run(folder, repetitions, pattern)))
-
-
-def _take(path: Path) -> Any:
-    return pickle.loads(path.read_bytes())
+    ranks.keep(folder / "cuda", cuda.run(folder, repetitions, pattern))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from distnorm import collectives
 from distnorm.calibration import calibrate
 from distnorm.convert import normalization_layers
 from distnorm.freezing import HeldLayers, first_frozen_step
+from distnorm.lightning_names import EitherName
 from distnorm.norms.apart import shares_one_set
 from distnorm.population import (
     Statistics,
@@ -39,7 +40,7 @@ from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints
 _log = logging.getLogger(__name__)
 
 
-class EvaluationStatistics(Callback):
+class EvaluationStatistics(EitherName, Callback):
     """Evaluate, and save, with the statistics that the decision asks for; go on training with each rank's own.
 
     `spec.evaluation` says which: the `running` ones, those of all ranks `pooled`, or `precise` ones, that `calibrate`

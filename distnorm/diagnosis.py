@@ -10,10 +10,11 @@ from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from distnorm import agreement, positions
 from distnorm.conversion import Conversion
 from distnorm.errors import ConfigError
+from distnorm.lightning_names import EitherName, is_either
 from distnorm.norms.base import AbstractBatchStatisticsNorm
 
 
-class RankDiagnosis(Callback):
+class RankDiagnosis(EitherName, Callback):
     """Check before the first step that all ranks train the same layers, and keep their positions for a hang.
 
     Positions are kept, and debugging stays on, after the fit too: an evaluation that pools statistics can hang as well.
@@ -68,7 +69,7 @@ class RankDiagnosis(Callback):
 
 def _lightnings_own_conversion(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
     ours = [layer for layer in pl_module.modules() if isinstance(layer, AbstractBatchStatisticsNorm)]
-    if ours and isinstance(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm):
+    if ours and is_either(getattr(trainer.strategy, "_layer_sync", None), TorchSyncBatchNorm):
         return (
             f"Trainer(sync_batchnorm=True) would replace {ours[0].name_in_words()}, a {type(ours[0]).__name__} of "
             "distnorm's, with torch's.\nLeave sync_batchnorm out: convert() has decided which layers synchronize."

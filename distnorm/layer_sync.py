@@ -7,11 +7,12 @@ from distnorm import collectives
 from distnorm.conversion import Conversion
 from distnorm.convert import convert
 from distnorm.errors import ConfigError
+from distnorm.lightning_names import EitherName
 from distnorm.policy import decide
 from distnorm.spec import NormSpec
 
 
-class LayerSync(layer_sync.LayerSync):
+class LayerSync(EitherName, layer_sync.LayerSync):
     """Convert the batch norms of whatever model a Trainer fits, and give them their classes back afterwards.
 
         Trainer(strategy="ddp", devices=4, plugins=[LayerSync(device_batch=8)])

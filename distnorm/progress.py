@@ -7,10 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 
+from distnorm.lightning_names import EitherName
+
 _WARMUP_STEPS = 3
 
 
-class Throughput(Callback):
+class Throughput(EitherName, Callback):
     """Count training samples a second over all ranks, the first steps and all evaluation left out.
 
     Args:
@@ -48,7 +50,7 @@ class Throughput(Callback):
         self._started = 0.0
 
 
-class PlainProgress(Callback):
+class PlainProgress(EitherName, Callback):
     """Print one line every few seconds with step, loss, accuracy, samples a second and the time left.
 
     Args:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.utils.data import DataLoader
 
 from distnorm.calibration import Forward, input_of
 from distnorm.errors import ConfigError
+from distnorm.lightning_names import is_lightnings_own
 from distnorm.uneven import EvenLoader
 
 
@@ -20,7 +20,7 @@ def model_of(pl_module: pl.LightningModule) -> nn.Module:
     Raises:
         ConfigError: it has neither.
     """
-    if type(pl_module).forward is not pl.LightningModule.forward:
+    if not is_lightnings_own(type(pl_module).forward):
         return pl_module
     model = getattr(pl_module, "model", None)
     if not isinstance(model, nn.Module):
@@ -58,7 +58,7 @@ def again(loader: Any) -> Iterable[Any]:
 
 def has_training_loader(trainer: pl.Trainer) -> bool:
     """Tell whether the data module, else the module, can give a training loader."""
-    return is_overridden("train_dataloader", _source_of(trainer))
+    return not is_lightnings_own(_source_of(trainer).train_dataloader)
 
 
 def training_loader(trainer: pl.Trainer) -> Any:

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from distnorm import checkpoint as checkpoints
 from distnorm import collectives, loop_state, random_state
 from distnorm.data.order import Order
+from distnorm.lightning_names import EitherName
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class KeepsRankState(Protocol):
         """
 
 
-class ExactResume(Callback):
+class ExactResume(EitherName, Callback):
     """Save what each rank needs to go on exactly, and put it back.
 
     Lightning's checkpoint has weights, optimizer, schedule and counters of rank 0. This adds, in the entry `distnorm`,

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from distnorm.drift.events import Event
 from distnorm.drift.record import Record
 from distnorm.launch.run_dir import RunFolder
+from distnorm.lightning_names import EitherName
 from distnorm.settings import LoggerSettings
 from distnorm.wandb_logger import DriftWandbLogger, start_wandb
 
@@ -21,7 +22,7 @@ _log = logging.getLogger(__name__)
 _OF_A_LAYER = re.compile(r"drift/(?!worst/|model/)")
 
 
-class RecordLogger(Logger):
+class RecordLogger(EitherName, Logger):
     """A Lightning logger that appends every number, and what the drift monitor tells, to the run's `record.jsonl`.
 
     Args:

@@ -6,6 +6,7 @@ from torch import nn
 
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
+from distnorm.lightning_names import is_either
 from distnorm.norms.apart import keep_apart, sends_buffers, shares_one_set
 
 
@@ -35,7 +36,7 @@ def check_whole_checkpoints(trainer: pl.Trainer) -> None:
     Raises:
         ConfigError: the trainer has a `ModelCheckpoint` that writes them.
     """
-    if any(isinstance(c, ModelCheckpoint) and c.save_weights_only for c in trainer.checkpoint_callbacks):
+    if any(is_either(c, ModelCheckpoint) and c.save_weights_only for c in trainer.checkpoint_callbacks):
         raise ConfigError(
             "ModelCheckpoint(save_weights_only=True) would save rank 0's own statistics and no decision: Lightning "
             "asks no callback then.\nUse save_weights_only=False; distnorm.load() reads the model from such a file.",

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from distnorm.drift import catalogue, events
 from distnorm.drift.history import EVENT
 from distnorm.launch.run_dir import RunFolder, write_whole
+from distnorm.lightning_names import EitherName
 from distnorm.settings import LoggerSettings
 from distnorm.wandb_media import Media
 
@@ -21,7 +22,7 @@ _STEP = "trainer/global_step"
 _FULL: dict[type[Any], int] = {events.Measurement: 1000, events.Snapshot: 8}
 
 
-class DriftWandbLogger(WandbLogger):
+class DriftWandbLogger(EitherName, WandbLogger):
     """Lightning's wandb logger, that also takes what the drift monitor tells.
 
     An event is logged as a text under the hidden key `distnorm/event`: `distnorm report` reads it back. The first 1000

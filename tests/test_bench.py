@@ -1,6 +1,7 @@
 """The benchmark runs from end to end, and what it compares is the same function."""
 
 import json
+import os
 import re
 
 import pytest
@@ -43,6 +44,44 @@ def test_quick_run_on_two_ranks_writes_every_field(tmp_path, capfd):
         row["ratios"]["ours_to_limit"]["median"]
     )
     assert [set(target) for target in content["targets"]] == [{"name", "value", "holds"}] * 4
+
+
+def ends_badly(rank, *work):
+    """Body: measures, keeps, and then, all ranks being done, the last is aborted as a thread of gloo's would."""
+    end_ranks = collectives.end_ranks
+
+    def end():
+        end_ranks()
+        if rank == 1:
+            os.abort()
+
+    collectives.end_ranks = end
+    _run_rank(rank, *work)
+
+
+def fails_early(rank, *work):
+    raise ValueError("no memory left")
+
+
+_run_rank = sync_batchnorm._run_rank
+
+
+def test_a_rank_that_dies_at_its_end_costs_no_result(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sync_batchnorm, "_run_rank", ends_badly)
+    path = tmp_path / "result.json"
+    said = r"^1 of 1 rows were measured, and then:\nprocess 1 terminated with signal SIGABRT"
+    with pytest.raises(SystemExit, match=said):
+        sync_batchnorm.main(["--quick", "--rows", "16x64x8x8 contiguous", "--json", str(path)])
+    assert f"written to {path}" in capfd.readouterr().out
+    assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+def test_ranks_that_find_nothing_say_why_and_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sync_batchnorm, "_run_rank", fails_early)
+    path = tmp_path / "result.json"
+    with pytest.raises(SystemExit, match=r"(?s)^0 of 1 rows were measured, and then:.*ValueError: no memory left"):
+        sync_batchnorm.main(["--quick", "--rows", "16x64x8x8 contiguous", "--json", str(path)])
+    assert not path.exists()
 
 
 def test_a_filter_that_fits_no_row_names_the_rows():

@@ -38,12 +38,13 @@ TYPED = [typed for typed, _, _ in WRONG]
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    """What each wrong command line ended in; two at a time, for most of it is starting Python."""
+    """What each wrong command line ended in; the first in a fresh interpreter, as a user's."""
+    folders = {tuple(typed): tmp_path_factory.mktemp("wrong") / "runs" for typed in TYPED}
 
     def type_in(typed):
-        return runs.train_py(*typed, folder=folders[tuple(typed)], check=False)
-
-    folders = {tuple(typed): tmp_path_factory.mktemp("wrong") / "runs" for typed in TYPED}
+        if typed is TYPED[0]:
+            return runs.train_py(*typed, folder=folders[tuple(typed)], check=False)
+        return runs.type_in(typed, folders[tuple(typed)])
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         yield {tuple(typed): pool.submit(type_in, typed) for typed in TYPED}

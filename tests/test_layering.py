@@ -14,7 +14,7 @@ pytestmark = pytest.mark.unit
 ROOT = Path(distnorm.__file__).parent
 LADDER = [
     ["errors", "positions", "drift.events", "drift.catalogue", "drift.thinning"],
-    ["whereabouts"],
+    ["whereabouts", "lightning_names"],
     ["collectives", "spec", "evidence", "planner"],
     ["moments", "policy", "uneven", "feeding", "lookup"],
     ["norms"],

@@ -24,7 +24,9 @@ from distnorm.collectives.marks import place_of as place_of
 from distnorm.collectives.meeting import Meeting as Meeting
 from distnorm.collectives.meeting import come_together as come_together
 from distnorm.collectives.world import agreed_through_launcher as agreed_through_launcher
+from distnorm.collectives.world import end_process as end_process
 from distnorm.collectives.world import end_ranks as end_ranks
+from distnorm.collectives.world import is_running as is_running
 from distnorm.collectives.world import rank as rank
 from distnorm.collectives.world import start_ranks as start_ranks
 from distnorm.collectives.world import store as store

@@ -5,8 +5,6 @@ Legend: K wishes.
 
 import contextlib
 import datetime as dt
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch.distributed as dist
@@ -14,10 +12,10 @@ from torch import Tensor
 
 from distnorm import positions
 from distnorm.collectives.exchange import raise_named
-from distnorm.collectives.groups import control_group
+from distnorm.collectives.groups import Numbers, control_group
 from distnorm.collectives.world import rank, store, world_size
 
-_numbers: tuple[Any, Iterator[int]] = (None, itertools.count())  # of a control group; alike on all ranks
+_numbers = Numbers()
 
 
 class Vote:
@@ -94,14 +92,11 @@ def start_vote(wishes_K: Tensor, what: str) -> Vote:
         >>> start_vote(torch.tensor([2, 0]), "the vote on lunch").wait().tolist()
         [2, 0]
     """
-    global _numbers  # noqa: PLW0603
     if world_size() == 1:
         return Vote(wishes_K, what, None, 0)
     group = control_group()
-    if _numbers[0] is not group:
-        _numbers = (group, itertools.count())
     try:
         work = dist.all_reduce(wishes_K, op=dist.ReduceOp.MAX, group=group, async_op=True)
     except RuntimeError as error:
         raise_named(error, tuple(range(world_size())), what)
-    return Vote(wishes_K, what, work, next(_numbers[1]))
+    return Vote(wishes_K, what, work, _numbers.next_of(group))

@@ -1,8 +1,7 @@
 """The exchanges: gather and sum for layers, agreements and notices beside them. An error names the missing."""
 
 import contextlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from distnorm import positions, whereabouts
 from distnorm.collectives import late, marks
-from distnorm.collectives.groups import control_group, group_of, is_debugging, twin_of
+from distnorm.collectives.groups import Numbers, control_group, group_of, is_debugging, twin_of
 from distnorm.collectives.world import rank, store, world_size
 from distnorm.errors import GroupError, ranks_in_words
 
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
-_notice_numbers: tuple[Any, Iterator[int]] = (None, itertools.count())  # of a control group; alike on all ranks
+_notice_numbers = Numbers()
 
 
 def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
@@ -222,12 +221,9 @@ def start_notice(own_K: Tensor) -> tuple[Tensor, Any, int]:
 
     Collective: 1 gather of K integers over the gloo side group of all ranks; the first call makes that group.
     """
-    global _notice_numbers  # noqa: PLW0603
     group, rows_RK = control_group(), own_K.new_empty(world_size() * len(own_K))
-    if _notice_numbers[0] is not group:
-        _notice_numbers = (group, itertools.count())
     work = _all_gather(rows_RK, own_K, group=group, async_op=True)
-    return rows_RK.view(world_size(), -1), work, next(_notice_numbers[1])
+    return rows_RK.view(world_size(), -1), work, _notice_numbers.next_of(group)
 
 
 def _check_same_place(values: Tensor, ranks: tuple[int, ...], what: str) -> None:
@@ -246,6 +242,8 @@ def _check_same_place(values: Tensor, ranks: tuple[int, ...], what: str) -> None
 
 def raise_named(error: RuntimeError, ranks: Sequence[int], what: str, missing: Sequence[int] = ()) -> NoReturn:
     """Turn a backend's words into ours: who waited, where, for whom; and who was missing, where that is known."""
+    if isinstance(error, GroupError):  # ours already: the group was destroyed
+        raise error
     waits = whereabouts.Wait(rank(), tuple(ranks), what, (str(error).strip().splitlines() or ["no words"])[0][:160])
     raise GroupError(waits.in_words(missing, positions.read_this_run())) from error
 

@@ -1,25 +1,31 @@
 """Which ranks pool together, and the process groups that carry it.
 
 Every group is made by all ranks of the world, members or not, in the same order; a new world forgets the old one's.
+torch holds the groups until `destroy_process_group`. They are held weakly here, so that they end with that call: a
+gloo group has threads, and one that outlives the interpreter's last instruction may abort the process.
 """
 
-from collections.abc import Iterable
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.distributed as dist
 
 from distnorm.collectives.marks import forget_places
 from distnorm.collectives.world import is_running, rank, timeout, world_size
-from distnorm.errors import ConfigError, divisors_in_words
+from distnorm.errors import ConfigError, GroupError, divisors_in_words
 
 Ranks = tuple[int, ...]
 
-_groups: dict[Ranks, Any] = {}
-_groups_of: Any = None
+_Held = Callable[[], Any]
+"""A group that torch holds; gives `None` once that has been destroyed."""
+_groups: dict[Ranks, _Held] = {}
+_groups_of: _Held = lambda: None  # noqa: E731
 _members: dict[tuple[int | None, Ranks | None], Ranks] = {}
-_control: tuple[Any, Any] = (None, None)  # the world it belongs to, and its gloo side group
+_control: _Held = lambda: None  # noqa: E731 — the gloo side group of all ranks
 _adopted: dict[Ranks, Any] = {}  # made by the user; kept apart, for other ranks know nothing of them
-_twins: dict[Ranks, Any] = {}  # of each group, a gloo group of the same ranks for headers
+_twins: dict[Ranks, _Held] = {}  # of each group, a gloo group of the same ranks for headers
 _debug = False
 
 
@@ -122,7 +128,7 @@ def make_twins(groups: Iterable[Ranks]) -> None:
     """
     for ranks in groups:
         if _debug and 1 < len(ranks) < dist.get_world_size() and ranks not in _twins:
-            _twins[ranks] = dist.new_group(list(ranks), backend="gloo", timeout=timeout())
+            _twins[ranks] = _held(dist.new_group(list(ranks), backend="gloo", timeout=timeout()))
 
 
 def is_debugging() -> bool:
@@ -131,34 +137,71 @@ def is_debugging() -> bool:
 
 
 def group_of(ranks: Ranks) -> Any:
-    """Give the process group of ranks that `members` named."""
+    """Give the process group of ranks that `members` named.
+
+    Raises:
+        GroupError: it has been destroyed.
+    """
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    return _adopted[ranks] if ranks in _adopted else _groups[ranks]
+    return _adopted[ranks] if ranks in _adopted else _living(_groups[ranks], ranks)
 
 
 def twin_of(ranks: Ranks) -> Any:
     """Give the gloo group of the same ranks; `None` if the group was made before debugging was switched on."""
-    return control_group() if len(ranks) == dist.get_world_size() else _twins.get(ranks)
+    if len(ranks) == dist.get_world_size():
+        return control_group()
+    return _living(_twins[ranks], ranks) if ranks in _twins else None
 
 
 def control_group() -> Any:
     """Give the gloo group of all ranks that control messages take, whatever backend trains."""
     global _control  # noqa: PLW0603
-    if _control[0] is not dist.group.WORLD:
-        _control = (dist.group.WORLD, dist.new_group(backend="gloo", timeout=timeout()))
-    return _control[1]
+    _forget_other_worlds()
+    if (group := _control()) is None:
+        group = dist.new_group(backend="gloo", timeout=timeout())
+        _control = _held(group)
+    return group
+
+
+class Numbers:
+    """Numbers the exchanges of one kind over the control group: alike on all ranks, from 0 in each world."""
+
+    def __init__(self) -> None:
+        self._of: _Held = lambda: None
+        self._count = itertools.count()
+
+    def next_of(self, group: Any) -> int:
+        """Give the next number of a control group."""
+        if self._of() is not group:
+            self._of, self._count = _held(group), itertools.count()
+        return next(self._count)
 
 
 def _forget_other_worlds() -> None:
-    global _groups_of  # noqa: PLW0603
-    if _groups_of is not dist.group.WORLD:
+    global _groups_of, _control  # noqa: PLW0603
+    if _groups_of() is not dist.group.WORLD:
         _groups.clear()
         _adopted.clear()
         _twins.clear()
         _members.clear()
         forget_places()
-        _groups_of = dist.group.WORLD
+        _control = lambda: None  # noqa: E731
+        _groups_of = _held(dist.group.WORLD)
+
+
+def _held(group: Any) -> _Held:
+    """Refer to a group without keeping it alive; on a rank that is not in it torch gives a plain number instead."""
+    return weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
+
+
+def _living(held: _Held, ranks: Ranks) -> Any:
+    if (group := held()) is None:
+        raise GroupError(
+            f"The process group of ranks {ranks} has been destroyed, and a layer or the drift monitor still exchanges "
+            "over it.\nCall torch.distributed.destroy_process_group() without arguments, after the last step."
+        )
+    return group
 
 
 def _make_groups(partition: tuple[Ranks, ...]) -> None:
@@ -166,6 +209,6 @@ def _make_groups(partition: tuple[Ranks, ...]) -> None:
     for ranks in partition:
         part = 1 < len(ranks) < dist.get_world_size()
         if part and ranks not in _groups:
-            _groups[ranks] = dist.new_group(list(ranks), timeout=timeout())
+            _groups[ranks] = _held(dist.new_group(list(ranks), timeout=timeout()))
         if part and _debug and ranks not in _twins:
-            _twins[ranks] = dist.new_group(list(ranks), backend="gloo", timeout=timeout())
+            _twins[ranks] = _held(dist.new_group(list(ranks), backend="gloo", timeout=timeout()))

@@ -22,13 +22,14 @@ from distnorm.data.sampler import (
 )
 from distnorm.data.stream import check_seed
 from distnorm.errors import ConfigError, did_you_mean
+from distnorm.lightning_names import EitherName
 
 SPLITS = ("train", "val", "test")
 EVALUATION_SEED = 2**32 - 1
 """Seeds the augmentation of validation and test images, where there is any: the same images in every run."""
 
 
-class AbstractClassificationData(LightningDataModule, ABC):
+class AbstractClassificationData(EitherName, LightningDataModule, ABC):
     """Training, validation and test images for a classification task.
 
     Global batches are the same however many ranks share them (`GlobalBatchSampler`), evaluation counts every sample

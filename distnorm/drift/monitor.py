@@ -17,6 +17,7 @@ from distnorm.drift.questions import Questions
 from distnorm.drift.shift import EvaluationShift
 from distnorm.drift.watch import DriftWatch
 from distnorm.errors import ConfigError
+from distnorm.lightning_names import EitherName
 
 _RECENT = 10
 _OF_LAYERS = ("jeffreys", "between_ranks", "lag", "effective_samples")
@@ -30,7 +31,7 @@ class WorstDrift:
     layer: str
 
 
-class DriftMonitor(Callback):
+class DriftMonitor(EitherName, Callback):
     """Watch the statistics of every norm while a Trainer trains; see `DriftWatch` and docs/drift.md.
 
     Every logger that has `take(event)` gets whole events: measurements of all layers, alarms, snapshots. All loggers

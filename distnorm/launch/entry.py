@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from distnorm import settings, targets
+from distnorm import collectives, settings, targets
 from distnorm.errors import ConfigError, DistNormError
 from distnorm.launch import console, failures, overrides, ranks, requeue, resumption, run_dir, signals
 from distnorm.launch.endings import RunInterruptedError
@@ -34,7 +34,20 @@ def main(train: Train, config: Path) -> None:
     Args:
         train: trains on this rank; called once on each.
         config: the root of the configuration: `conf/train.yaml`.
+
+    On a rank of several, the process ends here: code after this call does not run on it.
     """
+    try:
+        _enter(train, config)
+    except SystemExit as ended:
+        if collectives.is_running():
+            collectives.end_process(ended.code if isinstance(ended.code, int) else 1)
+        raise
+    if collectives.is_running():
+        collectives.end_process()
+
+
+def _enter(train: Train, config: Path) -> None:
     console.quiet_libraries()
     is_rank = RUN_DIR in os.environ
     try:

@@ -18,12 +18,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from distnorm import collectives
 from distnorm.errors import ConfigError, did_you_mean
+from distnorm.lightning_names import EitherName, check_trainer
 from distnorm.uneven import EvenLoader
 
 SCHEDULES = ("cosine", "constant")
 
 
-class Classification(pl.LightningModule):
+class Classification(EitherName, pl.LightningModule):
     """Train and evaluate a classifier.
 
     The loss is the mean over the samples of *all* ranks, also where the last batch is dealt unevenly: each rank divides
@@ -154,6 +155,11 @@ class Classification(pl.LightningModule):
         inputs, targets = batch
         logits: Tensor = model(inputs)
         return functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing), logits
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Add no callback; refuse a Trainer of `pytorch_lightning`: this is the first hook that a fit calls."""
+        check_trainer(self.trainer, self)
+        return []
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimizer over two groups, and its schedule over all steps."""
