@@ -38,7 +38,14 @@ def gather_running_stats(model: nn.Module) -> list[Statistics]:
 
     Collective: 1 gather of 2C + 1 float64 numbers a layer, all layers in one.
     """
-    own = own_running_stats(model)
+    return gather_statistics(own_running_stats(model))
+
+
+def gather_statistics(own: Statistics) -> list[Statistics]:
+    """Collect every rank's statistics, which need not be in a model; see `gather_running_stats`.
+
+    Collective: 1 gather of 2C + 1 float64 numbers per layer, all layers in one.
+    """
     if not own:
         return [{} for _ in range(collectives.world_size())]
     flat = torch.cat([tensor.double().flatten() for tensor in own.values()])

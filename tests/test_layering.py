@@ -34,6 +34,7 @@ LADDER = [
         "recording",
     ],
     [
+        "swapping",
         "calibration",
         "checkpoint",
         "domains",
@@ -57,6 +58,7 @@ LADDER = [
         "diagnosis",
         "freezing",
         "trainer_checks",
+        "averaging",
         "layer_sync",
         "progress",
         "targets",
@@ -66,6 +68,7 @@ LADDER = [
         "study.design",
         "search.scales",
     ],
+    ["evaluation"],
     ["settings", "search.design", "callbacks", "resume", "drift.history", "wandb_media"],
     ["drift.report", "search.plan"],
     ["launch.ranks", "figures"],
