@@ -7,6 +7,7 @@ are put into the *copy* before are in the model for the evaluation, in whatever 
 
 import contextlib
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from distnorm.errors import ConfigError
 from distnorm.population import Statistics, write_into
 
+_log = logging.getLogger(__name__)
+_TOO_MUCH_OF_THE_FIRST = 0.1
 _CURRENT = "current_model_state"
 """Where Lightning saves the trained weights, the `state_dict` being the average's."""
 
@@ -49,11 +52,26 @@ class WeightAverage(WeightAveraging):
                 torch._foreach_copy_(averages, values)
 
         super().__init__(multi_avg_fn=torch.no_grad()(update))
+        self._decay = decay
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the average to the model's device; its counter stays on the host, so that reading it is no wait."""
         assert self._average_model is not None
         self._average_model.module.to(pl_module.device)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where training is too short for the average to leave its beginning behind."""
+        steps = float(trainer.estimated_stepping_batches)
+        first = self._decay**steps
+        if first > _TOO_MUCH_OF_THE_FIRST and trainer.is_global_zero:
+            _log.warning(
+                "The average of the weights decays by %g a step (trainer.ema), and training has %d steps: at its end "
+                "%d %% of the average are the weights after the first. Use a smaller decay, e.g. trainer.ema=%g.",
+                self._decay,
+                steps,
+                round(100 * first),
+                max(0.5, 1 - float(f"{10 / steps:.1g}")),
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the trained weights where they are."""
