@@ -134,9 +134,13 @@ def check_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None
             wrong.append(f"{key} is {list(value.shape)}, in the model {list(buffers[key].shape)}")
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        remedy = "Use those of calibrate() on the same model, with the same name for every layer."
+        if all(str(key).removeprefix("module.") in buffers for key in statistics):
+            remedy = (
+                "They are of a wrapper round it, e.g. an AveragedModel: calibrate(wrapper.module, …), or give both it."
+            )
         raise ConfigError(
-            f"The statistics do not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}.\n"
-            "Use those of calibrate() on the same model, with the same name for every layer.",
+            f"The statistics do not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}.\n{remedy}",
         )
 
 
