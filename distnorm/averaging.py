@@ -33,10 +33,10 @@ class WeightAverage(WeightAveraging):
 
         average = decay · average + (1 - decay) · weights,  after each step of the optimizer; at first the weights
 
-    Lightning's engine with four changes. Buffers of whole numbers are copied, since an average rounds them down (an
-    index 1 becomes 0). The average lives on the model's device, not where the model was before it was moved there. The
-    trained weights stay in the model until `on_fit_end`, so that a checkpoint of `on_train_end` has both. A test
-    of a checkpoint, whose weights are the average, is no reason to warn.
+    Lightning's engine with four changes. Buffers of whole numbers are copied: an average of equal ones, rounded down,
+    may be one less. The average is on the model's device, where Lightning leaves it where the model was before it was
+    moved. The trained weights stay in the model until `on_fit_end`, so that a checkpoint of `on_train_end` has both. A
+    checkpoint that is loaded to be tested has the average as its weights, and is no reason to warn.
 
     Args:
         decay: above 0 and below 1; the average holds about 1 / (1 - decay) steps.
@@ -119,10 +119,10 @@ def has_averaging(trainer: pl.Trainer) -> bool:
 
 
 def current_average(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AveragedModel | None:
-    """Find the average and make it fit to be evaluated; `None` where there is none.
+    """Find the average and complete it for an evaluation; `None` where there is none.
 
-    An average that has not begun is the weights of now, which its first update would make it anyway; torch leaves it at
-    the untrained ones. Whole numbers are not averaged.
+    An average that has not begun becomes the current weights, as its first update would make it; until then it has
+    the untrained ones. Whole numbers become the current ones.
     """
     average = find_average(trainer)
     if average is None:
@@ -145,7 +145,7 @@ def swap_weights(pl_module: nn.Module, average: AveragedModel) -> None:
 
 
 @contextlib.contextmanager
-def averaged(pl_module: nn.Module, average: AveragedModel | None) -> Iterator[None]:
+def having_average(pl_module: nn.Module, average: AveragedModel | None) -> Iterator[None]:
     """Let the model have the averaged weights within; without an average, its own."""
     if average is None:
         yield
@@ -187,7 +187,7 @@ def write_average(
         pl_module: the module that trains.
         average: its average.
         statistics: of the average.
-        own: what the trained weights have beside it, for a resume on another number of ranks.
+        own: of the trained weights, for a resume on another number of ranks.
     """
     is_written = _CURRENT in checkpoint
     write_into(checkpoint[_CURRENT if is_written else "state_dict"], pl_module, own)

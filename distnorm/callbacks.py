@@ -35,12 +35,13 @@ class EvaluationStatistics(Callback):
     Each rank's own travel beside them, and are put back when training resumes on as many ranks; on another number every
     rank starts from the saved ones. A model without batch norms has no statistics, and nothing is done.
 
-    With Lightning's `WeightAveraging` or `EMAWeightAveraging`, before or after this in the list of callbacks, all this
-    is of the averaged weights: `precise` is measured with them, `pooled` and `running` are of the running statistics
-    that the average holds on each rank. Validation, checkpoints and the model after `fit` have the averaged weights
-    with these statistics, alike on all ranks; trained weights and every rank's own statistics, of both, travel beside.
-    A callback of your own that swaps weights belongs before this one, and swaps in `on_validation_start`: otherwise a
-    warning says that what is evaluated is not what was measured.
+    With Lightning's `WeightAveraging` or `EMAWeightAveraging`, before or after this in the list of callbacks, the
+    statistics are those of the averaged weights: `precise` is measured with them, `pooled` and `running` use the
+    running statistics that the average holds on each rank. Validation, checkpoints and the model after `fit` have the
+    averaged weights with these statistics, alike on all ranks. The trained weights, and each rank's own statistics of
+    both, are saved too. A callback of yours that saves within an epoch belongs after the averaging one. A callback of
+    yours that swaps weights belongs before this one, and swaps in `on_validation_start`; otherwise a warning says that
+    what is evaluated is not what was measured.
 
     A checkpoint that is there to go on from, and must be quick, is saved within `quick_saves()`.
 
@@ -59,7 +60,8 @@ class EvaluationStatistics(Callback):
 
     Collective: where the ranks' statistics differ by construction (a batch norm that not all ranks pool over), 1
         agreement before each evaluation or checkpoint on whether a step was made, and if so 1 gather of 2C + 1 float64
-        numbers a layer, all layers in one; else none. `precise`: the agreement always, and those of `calibrate`.
+        numbers a layer, all layers in one; else none. `precise`: the agreement always, and those of `calibrate`. With
+        averaged weights a checkpoint has 1 gather more, of the trained weights' own statistics.
         `frozen_last`: 1 agreement at the start; none after the switch.
 
     Raises:
@@ -110,8 +112,8 @@ class EvaluationStatistics(Callback):
         if "rank_statistics" in stored and not self._computed.is_frozen:  # else all ranks share one set: the saved one
             self._resume(trainer, pl_module, stored)
         if averaging.has_averaging(trainer) and trainer.is_global_zero:
-            words = "evaluation, checkpoints and the model after training have the averaged weights"
-            _log.info("%s, with %s statistics of their own.", words.capitalize(), self._spec.evaluation)
+            words = "Evaluation, checkpoints and the model after training have the averaged weights"
+            _log.info("%s, with %s statistics of their own.", words, self._spec.evaluation)
 
     def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stored: dict[str, Any]) -> None:
         ranks, average = stored["rank_statistics"], averaging.find_average(trainer)
@@ -234,6 +236,8 @@ class EvaluationStatistics(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the evaluation statistics into the `state_dict`, each rank's own beside it; called on all ranks."""
+        if averaging.find_average(trainer) is not None:
+            self._swapped.take_out()  # a callback may save before this one has seen the validation's end
         average = averaging.current_average(trainer, pl_module)
         statistics = self._computed.compute(trainer, pl_module, average, quick=self._quick)
         ranks, evaluated = self._computed.gather(pl_module), self._computed.is_evaluation

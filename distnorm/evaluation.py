@@ -97,7 +97,7 @@ class ComputedStatistics:
                 return pooled(ranks)
             self._evaluated = dict(ranks[0]) if shared or self._spec.evaluation == "running" else pooled(ranks)
             if precise and moved:
-                with averaging.averaged(pl_module, average):
+                with averaging.having_average(pl_module, average):
                     self._evaluated |= self._calibrate(trainer, pl_module)
         return self._evaluated
 

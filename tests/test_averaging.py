@@ -7,39 +7,15 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAver
 
 from distnorm import ConfigError
 from distnorm.averaging import WeightAverage
-from distnorm.callbacks import EvaluationStatistics
+from distnorm.drift.monitor import DriftMonitor
+from distnorm.drift.shift import EvaluationShift
 from distnorm.population import own_running_stats
 from tests import ranks
-from tests.test_callbacks import Task, spec_of
+from tests.averaged import DECAY, ORDERS, Averaged, ema_of, fit, weights_of
 from tests.test_callbacks import fit as fit_without
+from tests.test_callbacks import spec_of
 
 pytestmark = pytest.mark.unit
-
-DECAY = 0.8
-ORDERS = ("before", "after")
-
-
-class Averaged(Task):
-    """Keeps what each validation meets, and what training leaves after each step."""
-
-    def __init__(self):
-        super().__init__()
-        self.met, self.steps, self.predicted = [], [], []
-
-    def validation_step(self, batch, batch_idx):
-        """Keep weights, statistics and, over this rank's samples, what they should be."""
-        super().validation_step(batch, batch_idx)
-        if not self.trainer.sanity_checking:
-            self.met.append((weights_of(self.model), self.seen[-1], self.truth()))
-
-    test_step = predict_step = validation_step
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        """Keep weights and statistics as the step left them."""
-        super().on_train_batch_end(outputs, batch, batch_idx)
-        self.steps.append((weights_of(self.model), own_running_stats(self.model)))
-
-    predict_dataloader = Task.val_dataloader
 
 
 class AtEpochs(WeightAveraging):
@@ -48,35 +24,6 @@ class AtEpochs(WeightAveraging):
     def should_update(self, step_idx=None, epoch_idx=None):
         """Whether an epoch has ended."""
         return epoch_idx is not None
-
-
-def weights_of(model):
-    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
-
-
-def fit(evaluation, averaging, order, task=None, folder=None, frozen_last=0.0, **options):
-    """Train with an averaging callback listed before or after EvaluationStatistics."""
-    task = Averaged() if task is None else task
-    after = [averaging] if order == "after" and averaging else []
-    if after:  # fit() lists its own after what it is given
-
-        class Late(Callback):
-            def on_fit_start(self, trainer, pl_module):
-                """Was it listed so?"""
-                kinds = [type(callback) for callback in trainer.callbacks]
-                assert kinds.index(EvaluationStatistics) < kinds.index(type(averaging))
-
-        task.configure_callbacks = lambda: [*after, Late()]
-    given = [averaging] if order == "before" and averaging else []
-    return fit_without(spec_of(evaluation, frozen_last), task, *given, folder=folder, **options)
-
-
-def ema_of(values, decay=DECAY):
-    """The average after each of the values, in float64."""
-    averages = [values[0].double()]
-    for value in values[1:]:
-        averages.append(decay * averages[-1] + (1 - decay) * value.double())
-    return averages
 
 
 def whole(found, index):
@@ -276,90 +223,6 @@ def test_whole_numbers_are_not_averaged(tmp_path, averaging):
     assert torch.equal(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["index"], torch.arange(200))
 
 
-class Starts(Callback):
-    """What the trained weights and the average have when training starts, on this rank."""
-
-    def on_train_start(self, trainer, pl_module):
-        """Look."""
-        average = next((c._average_model for c in trainer.callbacks if isinstance(c, WeightAveraging)), None)
-        models = [pl_module, *([average.module] if average else [])]
-        self.found = [(weights_of(model), own_running_stats(model)) for model in models]
-        self.updates = int(average.n_averaged) if average else None
-
-
-def resumed(path, order, averages):
-    starts = Starts()
-    task = Averaged()
-    averaging = EMAWeightAveraging(decay=DECAY) if averages else None
-    fit_without(spec_of("pooled"), task, *[c for c in (averaging, starts) if c], ckpt_path=path, max_steps=6)
-    return starts.found, starts.updates
-
-
-def saves(folder, averages):
-    task, _ = fit("pooled", EMAWeightAveraging(decay=DECAY) if averages else None, "before", folder=folder, max_steps=5)
-    return task.steps
-
-
-@pytest.mark.parametrize("world", [1, 2])
-def test_both_states_come_back_on_resume(tmp_path, world):
-    """Each rank's own statistics too, of the trained weights and of the average; in the middle of an epoch."""
-    steps = ranks.run(saves, str(tmp_path), True, world=world)
-    stored = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    for rank, (found, updates) in enumerate(
-        ranks.run(resumed, str(tmp_path / "last.ckpt"), "before", True, world=world)
-    ):
-        (weights, own), (average, averages_own) = found
-        assert torch.equal(weights, steps[rank][-1][0])
-        assert all(torch.equal(own[f"model.{key}"], value) for key, value in steps[rank][-1][1].items())
-        assert torch.equal(
-            average,
-            torch.cat(
-                [
-                    stored["state_dict"][f"model.{name}"].double().flatten()
-                    for name in ("0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias")
-                ]
-            ),
-        )
-        assert updates == 5
-        held = ema_of([statistics["1.running_mean"] for _, statistics in steps[rank]])[-1]
-        torch.testing.assert_close(averages_own["model.1.running_mean"].double(), held, rtol=1e-5, atol=1e-6)
-
-
-def test_on_another_number_of_ranks_both_start_from_what_was_pooled(tmp_path):
-    steps = ranks.run(saves, str(tmp_path), True, world=2)
-    [((weights, own), (_, averages_own)), updates] = ranks.run(
-        resumed, str(tmp_path / "last.ckpt"), "before", True, world=1
-    )[0]
-    assert torch.equal(weights, steps[0][-1][0])
-    assert updates == 5
-    for statistics, of in (
-        (own, lambda values: values[-1].double()),
-        (averages_own, lambda values: ema_of(values)[-1]),
-    ):
-        means = torch.stack([of([each["1.running_mean"] for _, each in rank]) for rank in steps])
-        torch.testing.assert_close(statistics["model.1.running_mean"].double(), means.mean(0), rtol=1e-5, atol=1e-6)
-
-
-def test_training_resumes_with_the_trained_weights_where_nothing_is_averaged_now(tmp_path, caplog):
-    steps = ranks.run(saves, str(tmp_path), True, world=1)
-    [(weights, own)], _ = resumed(str(tmp_path / "last.ckpt"), "before", False)
-    assert torch.equal(weights, steps[0][-1][0])
-    assert torch.equal(own["model.1.running_mean"], steps[0][-1][1]["1.running_mean"])
-    assert (
-        caplog.text.count("training continues with the trained weights, without an average. To keep it, use trai") == 1
-    )
-
-
-def test_an_average_begins_with_the_weights_of_a_checkpoint_without_one(tmp_path):
-    steps = ranks.run(saves, str(tmp_path), False, world=1)
-    [(weights, own), (average, averages_own)], updates = resumed(str(tmp_path / "last.ckpt"), "before", True)
-    assert updates == 0
-    assert torch.equal(average, weights)
-    assert torch.equal(average, steps[0][-1][0])
-    assert own.keys() == averages_own.keys()
-    assert all(torch.equal(own[key], value) for key, value in averages_own.items())
-
-
 @pytest.mark.parametrize(("decay", "steps", "said"), [(0.99, 9, 1), (0.5, 9, 0)])
 def test_a_training_too_short_for_its_average_says_so(caplog, decay, steps, said):
     """Of 9 steps the average keeps 0.99 ^ 9 = 91 % of its first weights."""
@@ -368,3 +231,16 @@ def test_a_training_too_short_for_its_average_says_so(caplog, decay, steps, said
         "decays by 0.99 a step (trainer.ema), and training has 9 steps: at its end 91 % of the average are the weights"
     )
     assert caplog.text.count(f"{words} after the first. Use a smaller decay, e.g. trainer.ema=0.5.") == said
+
+
+def test_the_drift_monitor_compares_evaluation_data_with_the_statistics_of_the_average(monkeypatch):
+    """They come in after its `on_validation_start`. What it watches in training is what is trained."""
+    compared, finish = [], EvaluationShift.finish
+    monkeypatch.setattr(EvaluationShift, "finish", lambda self: (compared.append(self._references[0]), finish(self))[1])
+    monitor = DriftMonitor("full", 2)
+    task = Averaged()
+    task.configure_callbacks = lambda: [monitor]
+    fit_without(spec_of("precise"), task, EMAWeightAveraging(decay=DECAY))
+    assert len(compared) == len(task.met) == 4
+    for found, (_, (mean, var), _) in zip(compared, task.met, strict=True):
+        assert torch.equal(found, torch.cat((mean, var)).double())

@@ -1,5 +1,6 @@
 """`trainer.ema=0.9` through train.py: validation, test, checkpoint, load, exact resume, all of the averaged weights."""
 
+import copy
 import json
 
 import pytest
@@ -8,8 +9,12 @@ from torch import nn
 
 import distnorm
 from distnorm.convert import normalization_layers
+from distnorm.domains import load_statistics
+from distnorm.launch.adaptation import adapt
 from distnorm.launch.run_dir import RunFolder
-from distnorm.population import own_running_stats
+from distnorm.population import own_running_stats, swap_in
+from distnorm.study.design import Probe
+from distnorm.study.measure import measure
 from distnorm.targets import build
 from tests import interrupted, runs
 
@@ -77,6 +82,27 @@ def loss_of(model, batches):
     return float(nn.functional.cross_entropy(logits, labels)), float((logits.argmax(1) == labels).double().mean())
 
 
+def check_others(settings, run, last, data):
+    """What a study measures of a run's both weights, and what `distnorm calibrate` measures, of the average."""
+    stored = torch.load(run.checkpoints / "last.ckpt", weights_only=True)
+    trained = copy.deepcopy(last)
+    trained.load_state_dict(
+        {key.removeprefix("model."): v for key, v in stored["current_model_state"].items() if "model." in key}
+    )
+    probes = {"saved": Probe(of="loss"), "pooled": Probe(weights="trained", statistics="pooled", of="loss")}
+    probes["first"] = Probe(statistics="first_rank")
+    found = measure(settings, run, probes)
+    assert found["saved"] == pytest.approx(loss_of(last, data.test_dataloader())[0], rel=1e-4)
+    assert found["pooled"] == pytest.approx(loss_of(trained, data.test_dataloader())[0], rel=1e-4)
+    swap_in(last, {key.removeprefix("model."): v for key, v in stored["distnorm"]["average_statistics"][0].items()})
+    assert found["first"] == pytest.approx(100 * (1 - loss_of(last, data.test_dataloader())[1]))
+    run.write_settings(settings)
+    file = adapt(run.path, "training", num_samples=100_000)
+    name, inputs = given(last, torch.cat([images for images, _ in data.train_dataloader()]))
+    mean = load_statistics(file)["training"][f"{name}.running_mean"]
+    torch.testing.assert_close(mean.double(), inputs.mean(1), rtol=1e-5, atol=1e-6)
+
+
 def test_a_run_evaluates_tests_and_saves_the_average(tmp_path):
     """The first norm's statistics against all training images; the drift monitor and its probes look at training."""
     overrides = ["data.device_batch=56", "norm=batch", "norm.evaluation=precise", "data.last_batch=keep"]
@@ -105,6 +131,7 @@ def test_a_run_evaluates_tests_and_saves_the_average(tmp_path):
     loss, accuracy = loss_of(best, data.test_dataloader())
     assert result["metrics"]["test/loss"] == pytest.approx(loss, rel=1e-4)
     assert result["metrics"]["test/accuracy"] == pytest.approx(accuracy)
+    check_others(settings, run, model, data)
     logged = [row["val/loss"] for row in runs.rows(run) if "val/loss" in row]
     assert min(logged) == pytest.approx(loss_of(best, data.val_dataloader())[0], rel=1e-4)
 
@@ -133,3 +160,15 @@ def test_a_decay_that_is_none_ends_with_the_rule(typed):
     ) as e:
         runs.composed(f"trainer.ema={typed}")
     assert str(e.value).count("\n") <= 2
+
+
+@pytest.mark.parametrize("norm", ["sync", "renorm", "group_ws"])
+def test_other_norms_are_averaged_too(tmp_path, norm):
+    """Over two ranks that exchange, and without any statistics."""
+    overrides = [f"norm={norm}", "norm.evaluation=precise", "data.device_batch=56", "trainer.max_epochs=1", EMA]
+    interrupted.in_pool(tmp_path, 2, *overrides)
+    stored = interrupted.stored(tmp_path)
+    both = [stored[state]["model.head.weight"] for state in ("state_dict", "current_model_state")]
+    assert not torch.equal(*both)
+    assert len(stored["distnorm"]["average_statistics"]) == 2
+    assert 0 < json.loads(RunFolder(tmp_path).result.read_text())["metrics"]["test/loss"] < 3

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging
 from distnorm import ConfigError
 from distnorm.population import own_running_stats
 from tests import ranks
-from tests.test_averaging import Averaged, weights_of
+from tests.averaged import Averaged, weights_of
 from tests.test_callbacks import fit, spec_of
 
 pytestmark = pytest.mark.unit
