@@ -29,7 +29,7 @@ _CURRENT = "current_model_state"
 
 
 class WeightAverage(WeightAveraging):
-    """Keep an exponential moving average of the weights: what is evaluated, saved, and left in the model after `fit`.
+    """Keep an exponential moving average of the weights, to be evaluated, saved, and left in the model after `fit`.
 
         average = decay · average + (1 - decay) · weights,  after each step of the optimizer; at first the weights
 
@@ -90,7 +90,7 @@ class WeightAverage(WeightAveraging):
 
 
 def check_averages(trainer: pl.Trainer, frozen_last: float) -> None:
-    """Refuse callbacks that would evaluate, or leave behind, other weights or statistics than they say.
+    """Refuse averaging callbacks that would evaluate, or leave behind, wrong weights or statistics.
 
     Raises:
         ConfigError: there are two averages, or one whose last epoch measures statistics that are held constant.
@@ -172,7 +172,7 @@ def leave_average(trainer: pl.Trainer, pl_module: nn.Module) -> None:
 
 
 def forget_average(trainer: pl.Trainer) -> None:
-    """Let the callback forget its average: what is tested from here on is what the model holds, or a checkpoint."""
+    """Let the callback forget its average: a test uses the model's weights, or a checkpoint's."""
     for callback in _averagings(trainer):
         callback._average_model = None  # noqa: SLF001
 
@@ -203,7 +203,7 @@ def write_average(
 
 
 def load_trained_weights(pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> bool:
-    """Load the weights that were trained, where a checkpoint has their average in its `state_dict`; tell whether."""
+    """Load the trained weights from a checkpoint whose `state_dict` has their average; return whether it has."""
     if _CURRENT not in checkpoint:
         return False
     pl_module.load_state_dict(checkpoint[_CURRENT], strict=pl_module.strict_loading)
@@ -211,7 +211,7 @@ def load_trained_weights(pl_module: pl.LightningModule, checkpoint: dict[str, An
 
 
 def sample_weights(trainer: pl.Trainer, model: nn.Module) -> Tensor:
-    """Take one number of each parameter, as bits: others are other weights. None of sharded ones, which come and go."""
+    """Take one number of each parameter, as bits, to recognize the weights by; nothing of sharded ones, which vary."""
     values = []
     if isinstance(trainer.strategy, DDPStrategy | SingleDeviceStrategy):
         values = [p.detach()[(0,) * p.dim()].to(torch.complex64) for p in model.parameters() if p.numel()]

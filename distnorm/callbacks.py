@@ -41,7 +41,7 @@ class EvaluationStatistics(Callback):
     averaged weights with these statistics, alike on all ranks. The trained weights, and each rank's own statistics of
     both, are saved too. A callback of yours that saves within an epoch belongs after the averaging one. A callback of
     yours that swaps weights belongs before this one, and swaps in `on_validation_start`; otherwise a warning says that
-    what is evaluated is not what was measured.
+    the statistics belong to other weights.
 
     A checkpoint that is there to go on from, and must be quick, is saved within `quick_saves()`.
 
@@ -95,7 +95,7 @@ class EvaluationStatistics(Callback):
             self._quick = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let a later `test` see what the model holds, not the average of a fit that has ended, or failed."""
+        """Let a later `test` use the model's own weights, not the average of a fit that has ended, or failed."""
         if stage != "fit":
             averaging.forget_average(trainer)
 
@@ -180,7 +180,7 @@ class EvaluationStatistics(Callback):
         self._is_unchecked = True
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Say, once, where the first batch meets other weights or statistics than were swapped in."""
+        """Warn, once, if the first batch meets other weights or statistics than were swapped in."""
         unchecked, self._is_unchecked = self._is_unchecked, False
         if not unchecked or self._warned:
             return
@@ -189,9 +189,10 @@ class EvaluationStatistics(Callback):
         if moved:
             self._warned = True
             _log.warning(
-                "After EvaluationStatistics had put %s statistics in, something changed the %s: what is evaluated is "
-                "not what was measured.\nA callback that swaps weights belongs before EvaluationStatistics in "
-                "callbacks=[…], and swaps in on_validation_start. Or use Lightning's EMAWeightAveraging.",
+                "The evaluation does not use the %s statistics of its weights: the %s changed after "
+                "EvaluationStatistics had put these in.\nPlace a callback that swaps weights before "
+                "EvaluationStatistics in callbacks=[…] and let it swap in on_validation_start, or use Lightning's "
+                "EMAWeightAveraging.",
                 self._spec.evaluation,
                 " and the ".join(moved),
             )
@@ -205,7 +206,7 @@ class EvaluationStatistics(Callback):
         self.on_validation_start(trainer, pl_module)
 
     def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Say where the first batch meets something else."""
+        """Check the first batch; see `on_validation_batch_start`."""
         self.on_validation_batch_start(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -217,7 +218,7 @@ class EvaluationStatistics(Callback):
         self.on_validation_start(trainer, pl_module)
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
-        """Say where the first batch meets something else."""
+        """Check the first batch; see `on_validation_batch_start`."""
         self.on_validation_batch_start(trainer, pl_module)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -262,7 +263,7 @@ class EvaluationStatistics(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._stored = stored
             if not averaging.has_averaging(trainer) and averaging.load_trained_weights(pl_module, checkpoint):
-                self._stored = {**stored, "evaluated": False}  # what was saved are the average's
+                self._stored = {**stored, "evaluated": False}  # the saved statistics are the average's
                 if trainer.is_global_zero:
                     _log.warning(
                         "The checkpoint has averaged weights, and this trainer averages none: training continues with "

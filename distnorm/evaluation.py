@@ -48,13 +48,13 @@ class ComputedStatistics:
         self._gathered, self._evaluated = {}, None
 
     def keep(self, trainer: pl.Trainer, model: nn.Module) -> None:
-        """Take those that a model came with as computed, until a step is made."""
+        """Use the statistics that a model came with until a step is made."""
         self._evaluated = own_running_stats(model)
         self._weights = averaging.sample_weights(trainer, model)
 
     @property
     def is_evaluation(self) -> bool:
-        """Whether what was computed last is what was decided: pooled statistics may have come quickly instead."""
+        """Whether the last computation gave the statistics that were decided, not pooled ones for a quick save."""
         return self._evaluated is not None
 
     def is_of(self, trainer: pl.Trainer, model: nn.Module) -> bool:

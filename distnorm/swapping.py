@@ -1,4 +1,4 @@
-"""Statistics in a model in place of its own, and the way back, whatever else swaps weights and buffers meanwhile."""
+"""Statistics in a model in place of its own, and the way back, even if others swap weights and buffers meanwhile."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,10 @@ from distnorm.population import Statistics, own_running_stats, swap_in
 
 
 class SwappedStatistics:
-    """Statistics that were put into a model; its own are kept, and come back where nobody else has changed them since.
+    """Statistics that were put into a model; its own are kept, and come back if nobody else has changed them since.
 
-    A callback that evaluates other weights may save and load whole states, and with them what was put in here: so the
-    way back is open until `forget`.
+    A callback that evaluates other weights may save and load whole states, including the statistics put in here. So its
+    own can be put back until `forget`.
     """
 
     def __init__(self) -> None:
@@ -23,21 +23,21 @@ class SwappedStatistics:
         self._put = own_running_stats(model)  # a layer that they leave out keeps its own
 
     def own_of(self, model: nn.Module) -> Statistics:
-        """Give a model's own statistics: those that are kept, where it has what was put in their place."""
+        """Give a model's own statistics: the kept ones, if others are in their place."""
         return self._own if self._model is model and self.is_in(model) else own_running_stats(model)
 
     def is_in(self, model: nn.Module) -> bool:
-        """Tell whether a model, or a copy of it, has what was put in."""
+        """Return whether a model, or a copy of it, has the statistics that were put in."""
         now = own_running_stats(model)
         return now.keys() == self._put.keys() and all(_same(now[key], value) for key, value in self._put.items())
 
     def take_out(self) -> None:
-        """Put the model's own back, unless it has others by now: somebody has put them there."""
+        """Put the model's own back, unless somebody has put others there since."""
         if self._model is not None and self.is_in(self._model):
             swap_in(self._model, self._own)
 
     def forget(self) -> None:
-        """Take out what was left in, for the last time."""
+        """Put the model's own back for the last time."""
         self.take_out()
         self._model = None
 

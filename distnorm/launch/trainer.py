@@ -44,7 +44,7 @@ def make_trainer(
         ranks: who takes part.
         run: where checkpoints go.
         loggers: where numbers go.
-        callbacks: besides those of the checkpoints and of averaged weights, which must be up to date when one is saved.
+        callbacks: in addition to the average of the weights, if any, and to the checkpoints, which come after it.
         resumed_from: the checkpoint that training goes on from.
 
     """
