@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from distnorm import averaging, collectives
 from distnorm.calibration import calibrate
 from distnorm.convert import normalization_layers
-from distnorm.population import Statistics, gather_statistics, own_running_stats, pooled
+from distnorm.population import Statistics, gather_running_stats, own_running_stats, pooled
 from distnorm.replay import again, has_training_loader, training_forward, training_inputs, training_loader
 from distnorm.spec import NormSpec
 from distnorm.swapping import SwappedStatistics
@@ -107,7 +107,7 @@ class ComputedStatistics:
         if key not in self._gathered:
             own = {name: value.to(pl_module.device) for name, value in self._swapped.own_of(model).items()}
             shared = self._is_shared(pl_module)
-            self._gathered[key] = [own] * collectives.world_size() if shared else gather_statistics(own)
+            self._gathered[key] = [own] * collectives.world_size() if shared else gather_running_stats(pl_module, own)
         return self._gathered[key]
 
     def _is_shared(self, pl_module: pl.LightningModule) -> bool:

@@ -30,22 +30,19 @@ def own_running_stats(model: nn.Module) -> Statistics:
     return {key: buffer.detach().clone() for key, buffer in _buffers(model)}
 
 
-def gather_running_stats(model: nn.Module) -> list[Statistics]:
+def gather_running_stats(model: nn.Module, own: Statistics | None = None) -> list[Statistics]:
     """Collect every rank's running statistics.
+
+    Args:
+        model: with layers that keep running statistics, the same on every rank.
+        own: this rank's, if others are in the model.
 
     Returns:
         One dictionary a rank, in rank order, on every rank.
 
     Collective: 1 gather of 2C + 1 float64 numbers a layer, all layers in one.
     """
-    return gather_statistics(own_running_stats(model))
-
-
-def gather_statistics(own: Statistics) -> list[Statistics]:
-    """Collect every rank's statistics, which need not be in a model; see `gather_running_stats`.
-
-    Collective: 1 gather of 2C + 1 float64 numbers per layer, all layers in one.
-    """
+    own = own_running_stats(model) if own is None else own
     if not own:
         return [{} for _ in range(collectives.world_size())]
     flat = torch.cat([tensor.double().flatten() for tensor in own.values()])
