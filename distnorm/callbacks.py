@@ -11,30 +11,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
+from distnorm import averaging, collectives
 from distnorm import checkpoint as checkpoints
-from distnorm import collectives
-from distnorm.calibration import calibrate
-from distnorm.convert import normalization_layers
+from distnorm.evaluation import ComputedStatistics
 from distnorm.freezing import HeldLayers, first_frozen_step
 from distnorm.lightning_names import EitherName
-from distnorm.norms.apart import shares_one_set
-from distnorm.population import (
-    Statistics,
-    gather_running_stats,
-    own_running_stats,
-    pooled,
-    swap_in,
-    write_into,
-)
-from distnorm.replay import (
-    again,
-    has_training_loader,
-    model_of,
-    training_forward,
-    training_inputs,
-    training_loader,
-)
+from distnorm.population import Statistics, pooled, swap_in, write_into
+from distnorm.replay import again, model_of
 from distnorm.spec import NormSpec
+from distnorm.swapping import SwappedStatistics
 from distnorm.trainer_checks import check_buffers_stay, check_whole_checkpoints
 
 _log = logging.getLogger(__name__)
@@ -50,6 +35,14 @@ class EvaluationStatistics(EitherName, Callback):
     `running` means rank 0's, as with DDP. A checkpoint's `state_dict` holds them: what is evaluated is what is saved.
     Each rank's own travel beside them, and are put back when training resumes on as many ranks; on another number every
     rank starts from the saved ones. A model without batch norms has no statistics, and nothing is done.
+
+    With Lightning's `WeightAveraging` or `EMAWeightAveraging`, before or after this in the list of callbacks, the
+    statistics are those of the averaged weights: `precise` is measured with them, `pooled` and `running` use the
+    running statistics that the average holds on each rank. Validation, checkpoints and the model after `fit` have the
+    averaged weights with these statistics, alike on all ranks. The trained weights, and each rank's own statistics of
+    both, are saved too. A callback of yours that saves within an epoch belongs after the averaging one. A callback of
+    yours that swaps weights belongs before this one, and swaps in `on_validation_start`; otherwise a warning says that
+    the statistics belong to other weights.
 
     A checkpoint that is there to go on from, and must be quick, is saved within `quick_saves()`.
 
@@ -68,7 +61,8 @@ class EvaluationStatistics(EitherName, Callback):
 
     Collective: where the ranks' statistics differ by construction (a batch norm that not all ranks pool over), 1
         agreement before each evaluation or checkpoint on whether a step was made, and if so 1 gather of 2C + 1 float64
-        numbers a layer, all layers in one; else none. `precise`: the agreement always, and those of `calibrate`.
+        numbers a layer, all layers in one; else none. `precise`: the agreement always, and those of `calibrate`. With
+        averaged weights a checkpoint has 1 gather more, of the trained weights' own statistics.
         `frozen_last`: 1 agreement at the start; none after the switch.
 
     Raises:
@@ -81,15 +75,13 @@ class EvaluationStatistics(EitherName, Callback):
     """
 
     def __init__(self, spec: NormSpec, batches: Iterable[Any] | None = None, num_samples: int = 1024) -> None:
-        self._spec, self._batches, self._num_samples = spec, batches, num_samples
-        self._gathered: list[Statistics] | None = None
-        self._evaluated: Statistics | None = None
-        self._own: Statistics | None = None
+        self._spec, self._batches = spec, batches
+        self._swapped = SwappedStatistics()
+        self._computed = ComputedStatistics(spec, batches, num_samples, self._swapped)
+        self._is_unchecked = self._warned = self._quick = False
         self._stored: dict[str, Any] | None = None
-        self._weights_moved = self._frozen = self._quick = False
         self._freeze_at = math.inf
         self._constant = HeldLayers()
-        self._loader: Any = None  # the trainer forgets it when training ends
 
     @contextlib.contextmanager
     def quick_saves(self) -> Iterator[None]:
@@ -103,23 +95,37 @@ class EvaluationStatistics(EitherName, Callback):
         finally:
             self._quick = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let a later `test` use the model's own weights, not the average of a fit that has ended, or failed."""
+        if stage != "fit":
+            averaging.forget_average(trainer)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put this rank's own statistics back on resume: DDP's constructor has just made them rank 0's."""
         check_whole_checkpoints(trainer)
-        if self._is_precise(pl_module):
+        averaging.check_averages(trainer, self._spec.frozen_last)
+        if self._computed.is_precise(pl_module):
             model_of(pl_module)
-        self._forget()
-        self._weights_moved = False
+        self._computed.forget()
+        self._computed.has_moved = False
         stored, self._stored = self._stored or {}, None
-        self._frozen = bool(stored.get("frozen")) and self._spec.frozen_last > 0
-        ranks = stored.get("rank_statistics")
-        if ranks is None or self._frozen:  # all ranks share one set: the saved one
-            return
-        self._weights_moved = not stored.get("evaluated", True)
+        self._computed.is_frozen = bool(stored.get("frozen")) and self._spec.frozen_last > 0
+        if "rank_statistics" in stored and not self._computed.is_frozen:  # else all ranks share one set: the saved one
+            self._resume(trainer, pl_module, stored)
+        if averaging.has_averaging(trainer) and trainer.is_global_zero:
+            words = "Evaluation, checkpoints and the model after training have the averaged weights"
+            _log.info("%s, with %s statistics of their own.", words, self._spec.evaluation)
+
+    def _resume(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stored: dict[str, Any]) -> None:
+        ranks, average = stored["rank_statistics"], averaging.find_average(trainer)
+        self._computed.has_moved = not stored.get("evaluated", True)
         if len(ranks) == collectives.world_size():
-            if not self._weights_moved:
-                self._evaluated = own_running_stats(pl_module)  # the saved ones, until a step is made
+            evaluated = pl_module if average is None else average.module
+            if not self._computed.has_moved:
+                self._computed.keep(trainer, evaluated)  # the saved ones, until a step is made
             swap_in(pl_module, ranks[collectives.rank()])
+            if average is not None:
+                swap_in(average.module, stored.get("average_statistics", ranks)[collectives.rank()])
         elif self._spec.evaluation != "running" or not _alike(ranks):
             _log.warning(
                 "The checkpoint has the statistics of %d ranks, and there are %d now: all start from the saved ones.",
@@ -131,45 +137,78 @@ class EvaluationStatistics(EitherName, Callback):
         """Find the step from which on the statistics are constants; refuse what would fail at the first validation."""
         if self._spec.evaluation != "running":
             check_buffers_stay(trainer, pl_module)
-        if self._is_precise(pl_module) and self._batches is None:
+        if self._computed.is_precise(pl_module) and self._batches is None:
             again(trainer.train_dataloader)
-        self._loader = trainer.train_dataloader
+        self._computed.loader = trainer.train_dataloader
         self._freeze_at = first_frozen_step(trainer, self._spec.frozen_last)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Forget what was computed, for training moves on; or keep the statistics as constants, when it is time."""
-        if not self._frozen and trainer.global_step >= self._freeze_at:
-            swap_in(pl_module, self._statistics(trainer, pl_module))
-            self._frozen = True
+        self._swapped.forget()
+        if not self._computed.is_frozen and trainer.global_step >= self._freeze_at:
+            swap_in(pl_module, self._computed.compute(trainer, pl_module))
+            self._computed.is_frozen = True
             if trainer.is_global_zero:
                 words = "the statistics of the batch norms are constants from here on"
                 _log.info("Step %d: %s (%s).", trainer.global_step, words, self._spec.evaluation)
-        self._forget()
-        self._weights_moved, self._loader = True, trainer.train_dataloader
-        if self._frozen:
+        self._computed.forget()
+        self._computed.has_moved, self._computed.loader = True, trainer.train_dataloader
+        if self._computed.is_frozen:
             self._constant.hold(pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let frozen layers follow the module's mode again."""
         self._constant.release(pl_module)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave averaged weights with the statistics they were evaluated with, alike on all ranks."""
+        average = averaging.current_average(trainer, pl_module)
+        if average is not None:
+            quick = not self._computed.can_measure(trainer)  # nothing was left to train
+            statistics = self._computed.compute(trainer, pl_module, average, quick=quick)
+            averaging.leave_average(trainer, pl_module)
+            swap_in(pl_module, statistics)
+
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Swap the evaluation statistics in."""
+        """Swap the evaluation statistics in, where the weights are that will be evaluated."""
         if trainer.state.fn != TrainerFn.FITTING:  # no training step says when the statistics moved
-            self._forget()
-        self._own = swap_in(pl_module, self._statistics(trainer, pl_module))
+            self._computed.forget()
+        average = averaging.current_average(trainer, pl_module)
+        statistics = self._computed.compute(trainer, pl_module, average)
+        self._swapped.put(pl_module if average is None else average.module, statistics)
+        self._is_unchecked = True
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Warn, once, if the first batch meets other weights or statistics than were swapped in."""
+        unchecked, self._is_unchecked = self._is_unchecked, False
+        if not unchecked or self._warned:
+            return
+        moved = [] if self._computed.is_of(trainer, pl_module) else ["weights"]
+        moved += [] if self._swapped.is_in(pl_module) else ["batch norms' statistics"]
+        if moved:
+            self._warned = True
+            _log.warning(
+                "The evaluation does not use the %s statistics of its weights: the %s changed after "
+                "EvaluationStatistics had put these in.\nPlace a callback that swaps weights before "
+                "EvaluationStatistics in callbacks=[…] and let it swap in on_validation_start, or use Lightning's "
+                "EMAWeightAveraging.",
+                self._spec.evaluation,
+                " and the ".join(moved),
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
-        if self._own is not None:
-            swap_in(pl_module, self._own)
-        self._own = None
+        self._swapped.take_out()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the evaluation statistics in; a loaded checkpoint's are alike on all ranks, and pool to themselves."""
         self.on_validation_start(trainer, pl_module)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Check the first batch; see `on_validation_batch_start`."""
+        self.on_validation_batch_start(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
@@ -179,23 +218,38 @@ class EvaluationStatistics(EitherName, Callback):
         """Swap the evaluation statistics in."""
         self.on_validation_start(trainer, pl_module)
 
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
+        """Check the first batch; see `on_validation_batch_start`."""
+        self.on_validation_batch_start(trainer, pl_module)
+
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
         self.on_validation_end(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the model as training left it, also when evaluation failed."""
-        self.on_validation_end(trainer, pl_module)
+        average = averaging.find_average(trainer)
+        if average is not None and self._swapped.is_in(pl_module) and not self._swapped.is_in(average.module):
+            averaging.swap_weights(pl_module, average)
+        self._swapped.forget()
         self.on_train_end(trainer, pl_module)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write the evaluation statistics into the `state_dict`, each rank's own beside it; called on all ranks."""
-        statistics = self._statistics(trainer, pl_module, quick=self._quick)
-        write_into(checkpoint["state_dict"], pl_module, statistics)
-        ranks, evaluated = self._gather(pl_module), self._evaluated is not None
-        entry = checkpoints.entry(self._spec, ranks, frozen=self._frozen, evaluated=evaluated)
+        if averaging.find_average(trainer) is not None:
+            self._swapped.take_out()  # a callback may save before this one has seen the validation's end
+        average = averaging.current_average(trainer, pl_module)
+        statistics = self._computed.compute(trainer, pl_module, average, quick=self._quick)
+        ranks, evaluated = self._computed.gather(pl_module), self._computed.is_evaluation
+        entry = checkpoints.entry(self._spec, ranks, frozen=self._computed.is_frozen, evaluated=evaluated)
+        if average is None:
+            write_into(checkpoint["state_dict"], pl_module, statistics)
+        else:
+            own = ranks[0] if self._spec.evaluation == "running" else pooled(ranks)
+            averaging.write_average(checkpoint, pl_module, average, statistics, own)
+            entry["average_statistics"] = self._computed.gather(pl_module, average)
         checkpoint.setdefault(checkpoints.ENTRY, {}).update(entry)
 
     def on_load_checkpoint(
@@ -206,59 +260,23 @@ class EvaluationStatistics(EitherName, Callback):
         Unless it was saved within `quick_saves()`: then its precise statistics are measured now.
         """
         stored = checkpoint.get(checkpoints.ENTRY) or {}
-        self._weights_moved = False
+        self._computed.has_moved = False
         if trainer.state.fn == TrainerFn.FITTING:
             self._stored = stored
-        elif not stored.get("evaluated", True) and self._is_precise(pl_module):
-            self._weights_moved = not (self._batches is None and self._loader is None) or has_training_loader(trainer)
-            if not self._weights_moved and trainer.is_global_zero:
+            if not averaging.has_averaging(trainer) and averaging.load_trained_weights(pl_module, checkpoint):
+                self._stored = {**stored, "evaluated": False}  # the saved statistics are the average's
+                if trainer.is_global_zero:
+                    _log.warning(
+                        "The checkpoint has averaged weights, and this trainer averages none: training continues with "
+                        "the trained weights, without an average. To keep it, use trainer.ema, or EMAWeightAveraging."
+                    )
+        elif not stored.get("evaluated", True) and self._computed.is_precise(pl_module):
+            self._computed.has_moved = self._computed.can_measure(trainer)
+            if not self._computed.has_moved and trainer.is_global_zero:
                 _log.warning(
                     "The checkpoint has pooled statistics where precise ones were decided, and there are no training "
                     "batches to measure them over. Give EvaluationStatistics(spec, batches=…)."
                 )
-
-    def _forget(self) -> None:
-        self._gathered = self._evaluated = None
-
-    def _statistics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, quick: bool = False) -> Statistics:
-        """Compute what evaluation normalizes with, once a training step; pooled, where precise would not be quick.
-
-        The same on every rank.
-        """
-        shared, precise = self._is_shared(pl_module), self._is_precise(pl_module) and not self._frozen
-        stale, moved = self._evaluated is None, self._weights_moved
-        if precise or not shared:  # a rank whose batches have ended made no step, and must come along
-            every = collectives.agree((stale, moved), "the agreement on new evaluation statistics")
-            stale, moved = (any(told) for told in zip(*every, strict=True))
-        if stale or self._evaluated is None:
-            self._forget()
-            ranks = self._gather(pl_module)
-            if quick and precise and moved:
-                return pooled(ranks)
-            self._evaluated = dict(ranks[0]) if shared or self._spec.evaluation == "running" else pooled(ranks)
-            if precise and moved:
-                self._evaluated |= self._calibrate(trainer, pl_module)
-        return self._evaluated
-
-    def _gather(self, pl_module: pl.LightningModule) -> list[Statistics]:
-        if self._gathered is None and self._is_shared(pl_module):
-            self._gathered = [own_running_stats(pl_module)] * collectives.world_size()
-        elif self._gathered is None:
-            self._gathered = gather_running_stats(pl_module)
-        return self._gathered
-
-    def _is_shared(self, pl_module: pl.LightningModule) -> bool:
-        return self._frozen or all(shares_one_set(layer) for _, layer in normalization_layers(pl_module))
-
-    def _is_precise(self, pl_module: pl.LightningModule) -> bool:
-        return self._spec.evaluation == "precise" and any(True for _ in normalization_layers(pl_module))
-
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Statistics:
-        batches = self._batches
-        if batches is None:  # where nothing was left to train, there was no loader
-            batches = again(training_loader(trainer) if self._loader is None else self._loader)
-        inputs, forward = training_inputs(trainer, pl_module, batches), training_forward(trainer, pl_module)
-        return calibrate(pl_module, inputs, self._num_samples, forward=forward)
 
 
 def _alike(ranks: list[Statistics]) -> bool:

@@ -4,7 +4,8 @@ A checkpoint of a run is Lightning's, plus one entry `distnorm`: the decision (`
 statistics (`rank_statistics`), that training goes on with, whether they had become constants (`frozen`) and whether the
 `state_dict` has those of an evaluation (`evaluated`); and what `distnorm.resume` adds: where in the data the training
 was (`place`), and of each rank what it goes on with (`ranks`). The `state_dict` holds running, pooled or precise
-statistics.
+statistics. Where weights are averaged, it holds the average, with statistics of its own; the trained weights are in
+`current_model_state`, and the entry has each rank's own statistics of the average too (`average_statistics`).
 
 A run keeps two, `last.ckpt` and the one before it, `previous.ckpt`: a disk may damage the newest.
 """

@@ -35,15 +35,19 @@ def own_running_stats(model: nn.Module) -> Statistics:
     return {key: buffer.detach().clone() for key, buffer in _buffers(model)}
 
 
-def gather_running_stats(model: nn.Module) -> list[Statistics]:
+def gather_running_stats(model: nn.Module, own: Statistics | None = None) -> list[Statistics]:
     """Collect every rank's running statistics.
+
+    Args:
+        model: with layers that keep running statistics, the same on every rank.
+        own: this rank's, if others are in the model.
 
     Returns:
         One dictionary a rank, in rank order, on every rank.
 
     Collective: 1 gather of 2C + 1 float64 numbers a layer, all layers in one.
     """
-    own = own_running_stats(model)
+    own = own_running_stats(model) if own is None else own
     if not own:
         return [{} for _ in range(collectives.world_size())]
     flat = torch.cat([tensor.double().flatten() for tensor in own.values()])
@@ -136,9 +140,13 @@ def check_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None
             wrong.append(f"{key} is {list(value.shape)}, in the model {list(buffers[key].shape)}")
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        remedy = "Use those of calibrate() on the same model, with the same name for every layer."
+        if all(str(key).removeprefix("module.") in buffers for key in statistics):
+            remedy = (
+                "They are of a wrapper round it, e.g. an AveragedModel: calibrate(wrapper.module, …), or give both it."
+            )
         raise ConfigError(
-            f"The statistics do not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}.\n"
-            "Use those of calibrate() on the same model, with the same name for every layer.",
+            f"The statistics do not fit {type(model).__name__}: {'; '.join(wrong[:4])}{more}.\n{remedy}",
         )
 
 

@@ -105,6 +105,9 @@ class TrainerSettings(_Strict):
     gradient_clip_val: Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)] | None = Field(
         description="a number above 0", examples=[1.0]
     )
+    ema: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = Field(  # runs of before have none
+        default=None, description="the decay of an average, above 0 and below 1, or null for none", examples=[0.999]
+    )
     threads_per_rank: AtLeastOne | None
     timeout_s: Seconds = Field(description="seconds, above 0", examples=[300])
     checkpoint_every_s: Seconds = Field(description="seconds, above 0", examples=[600])

@@ -35,6 +35,7 @@ LADDER = [
         "recording",
     ],
     [
+        "swapping",
         "calibration",
         "checkpoint",
         "domains",
@@ -58,6 +59,7 @@ LADDER = [
         "diagnosis",
         "freezing",
         "trainer_checks",
+        "averaging",
         "layer_sync",
         "progress",
         "targets",
@@ -67,6 +69,7 @@ LADDER = [
         "study.design",
         "search.scales",
     ],
+    ["evaluation"],
     ["settings", "search.design", "callbacks", "resume", "drift.history", "wandb_media"],
     ["drift.report", "search.plan"],
     ["launch.ranks", "figures"],

@@ -79,7 +79,7 @@ class Stub:
 
     def __init__(self, loader):
         self.state = SimpleNamespace(fn=pl.trainer.states.TrainerFn.FITTING)
-        self.global_step, self.train_dataloader = 0, loader
+        self.global_step, self.train_dataloader, self.callbacks = 0, loader, []
         self.precision_plugin = pl.plugins.precision.Precision()
         self.strategy = SimpleNamespace(batch_to_device=lambda batch: batch, root_device=torch.device("cpu"))
 

@@ -42,6 +42,8 @@ class EvaluationShift:
 
     def begin_batch(self) -> None:
         """Make ready for a batch."""
+        if not self._seen:  # an average of the weights comes in after the evaluation's start
+            self._references = [norm.running() for norm in self._norms]
         for norm in self._norms:
             norm.forget()
 

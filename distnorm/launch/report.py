@@ -34,10 +34,14 @@ def announce(settings: Settings, ranks: Ranks, run: RunFolder, data: Any, conver
     if hasattr(data, "describe"):
         print(f"data      {data.describe(ranks.world_size)}")
     print("norm      " + str(conversion.spec).replace("\n", "\n          "))
+    weights = _weights(settings)
+    if weights:
+        print(f"weights   {weights}")
     if settings.ckpt_path is not None:
         print("resumed   " + "\n          ".join(resumption.in_words(settings, conversion.spec)))
     print(flush=True)
-    write_whole(run.path / "decision.txt", f"{conversion.spec}\n\n{conversion}\n")
+    lines = [str(conversion.spec), *([f"weights {weights}"] if weights else []), "", str(conversion), ""]
+    write_whole(run.path / "decision.txt", "\n".join(lines))
 
 
 def config(settings: Settings, conversion: Conversion) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def finish(
         "alarms": list(drift.alarms),
         "stopped_by_alarm": drift.has_stopped,
         "decision": spec.to_dict(),
+        "ema": settings.trainer.ema,
         "seed": settings.seed,
         "world_size": ranks.world_size,
         "versions": versions(),
@@ -108,6 +113,7 @@ def finish(
                 if name.startswith("test/")
             ),
             ("normalization", spec.in_words()),
+            *([("weights", _weights(settings))] if settings.trainer.ema is not None else []),
             ("training", f"{samples_per_s:.0f} samples/s" if samples_per_s else "too short to time"),
             ("worst drift", _in_words(worst)),
             *(("alarm", message) for message in drift.alarms),
@@ -116,6 +122,12 @@ def finish(
     )
     print(run.path, flush=True)
     return result
+
+
+def _weights(settings: Settings) -> str:
+    """Say which weights are evaluated and saved, where they are not those that were trained."""
+    ema = settings.trainer.ema
+    return "" if ema is None else f"averaged over about {1 / (1 - ema):.0f} steps (trainer.ema={ema})"
 
 
 def _in_words(worst: WorstDrift | None) -> str:

@@ -83,6 +83,11 @@ def in_words(settings: Settings, spec: NormSpec) -> list[str]:
         same = before.normalization_batch == spec.normalization_batch
         why = ": the same normalization batch" if same and before.kind in BATCH_KINDS else ""
         lines.append(f"{before.in_words()} → {spec.in_words()}{why}")
+    had_average, has_average = "average_statistics" in entry, settings.trainer.ema is not None
+    if has_average and not had_average:
+        lines.append("the average of the weights begins with the checkpoint's")
+    elif had_average and not has_average:
+        lines.append("the trained weights, without the average that the checkpoint has of them")
     changes = changed(entry.get("optimizer", {}), settings.optimizer)
     lines += [f"optimizer.{key} {old} → {new} from this step on" for key, (old, new) in changes.items()]
     return [*lines, "the optimizer's state is the checkpoint's" + (", otherwise" if changes else "")]

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 
+from distnorm.averaging import WeightAverage
 from distnorm.errors import ConfigError, did_you_mean
 from distnorm.launch import console
 from distnorm.launch.checkpoint_files import AtomicCheckpointIO
@@ -43,7 +44,7 @@ def make_trainer(
         ranks: who takes part.
         run: where checkpoints go.
         loggers: where numbers go.
-        callbacks: besides the checkpoints.
+        callbacks: in addition to the average of the weights, if any, and to the checkpoints, which come after it.
         resumed_from: the checkpoint that training goes on from.
 
     """
@@ -58,6 +59,7 @@ def make_trainer(
         time_limit_s=settings.time_limit_s,
         requeue=settings.requeue,
     )
+    averages = [] if settings.ema is None else [WeightAverage(settings.ema)]
     ours: dict[str, Any] = {
         "accelerator": ranks.accelerator,
         "devices": ranks.per_node,
@@ -71,7 +73,7 @@ def make_trainer(
         "gradient_clip_val": settings.gradient_clip_val,
         "default_root_dir": run.path,
         "logger": loggers,
-        "callbacks": [*callbacks, *rungs.callbacks(run), *checkpoints, told],
+        "callbacks": [*callbacks, *averages, *rungs.callbacks(run), *checkpoints, told],
         "use_distributed_sampler": False,
         "enable_model_summary": False,
         "enable_progress_bar": any("ProgressBar" in type(c).__name__ for c in callbacks),

@@ -57,6 +57,8 @@ class Probe(_Strict):
         data: changes of the data that is evaluated on: `{domain: inverted}`.
         calibrate: the same of the training images that precise statistics are measured on; `null`: those of `data`.
         samples: how many of them, at most all there are; their labels are not used.
+        weights: those that the run `saved`, which are averaged with `trainer.ema`, or in any case those it `trained`.
+        of: the `error` in per cent, or the mean `loss`.
         label: its column's heading.
     """
 
@@ -64,6 +66,8 @@ class Probe(_Strict):
     data: dict[str, Any] = {}
     calibrate: dict[str, Any] | None = None
     samples: int = Field(default=1000, ge=1)
+    weights: Literal["saved", "trained"] = "saved"
+    of: Literal["error", "loss"] = "error"
     label: str | None = None
 
 

@@ -27,8 +27,8 @@ def measure(settings: Settings, run: RunFolder, probes: dict[str, Probe]) -> dic
 
     Returns:
         By column: `train_loss`, the mean over the last tenth of all steps; `val_loss` and `test_error` (per cent) with
-        the statistics that the run saved; `between_ranks`, where the drift was recorded; each probe's test error. A
-        model without running statistics has no other probes than those of saved ones.
+        the statistics that the run saved; `between_ranks`, where the drift was recorded; each probe's test error or
+        loss. A model without running statistics has no other probes than those of saved ones.
 
     Collective: none; the ranks of the run have ended.
     """
@@ -38,7 +38,7 @@ def measure(settings: Settings, run: RunFolder, probes: dict[str, Probe]) -> dic
     values["test_error"] = trained.evaluate(Probe(), "test")[1]
     for name, probe in probes.items():
         if probe.statistics == "saved" or trained.has_statistics:
-            values[name] = trained.evaluate(probe, "test")[1]
+            values[name] = trained.evaluate(probe, "test")[probe.of == "error"]
     return values
 
 
@@ -69,17 +69,25 @@ class _Trained:
         path = run.checkpoints / "last.ckpt"
         self._settings = settings
         self._model = checkpoint.load(build(settings.model), path)
-        stored = torch.load(path, map_location="cpu", weights_only=True)[checkpoint.ENTRY]
-        spec = NormSpec.from_dict(stored["spec"])
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        entry = stored[checkpoint.ENTRY]
+        spec = NormSpec.from_dict(entry["spec"])
         if spec.kind == "sync":  # here is one process, with all samples
             convert(self._model, NormSpec("batch", spec.normalization_batch))
-        self._saved = own_running_stats(self._model)
-        self._ranks = [_without_prefix(statistics) for statistics in stored["rank_statistics"]]
+        states = {"saved": stored["state_dict"], "trained": stored.get("current_model_state", stored["state_dict"])}
+        names = self._model.state_dict().keys()
+        self._states = {
+            weights: {key: value for key, value in _without_prefix(state).items() if key in names}
+            for weights, state in states.items()
+        }
+        trained = [_without_prefix(statistics) for statistics in entry["rank_statistics"]]
+        averaged = [_without_prefix(statistics) for statistics in entry.get("average_statistics", [])]
+        self._ranks = {"saved": averaged or trained, "trained": trained}
 
     @property
     def has_statistics(self) -> bool:
         """Whether the model keeps running statistics."""
-        return bool(self._saved)
+        return bool(own_running_stats(self._model))
 
     def evaluate(self, probe: Probe, split: str) -> tuple[float, float]:
         """Evaluate as a probe says.
@@ -87,7 +95,7 @@ class _Trained:
         Returns:
             The mean loss, and the error in per cent.
         """
-        swap_in(self._model, self._saved)
+        self._model.load_state_dict(self._states[probe.weights])
         by_batch = probe.statistics == "batch"
         data = self._data(probe.data, self._normalization_samples if by_batch else _EVALUATION_BATCH)
         swap_in(self._model, self._statistics(probe))
@@ -101,15 +109,15 @@ class _Trained:
 
     def _statistics(self, probe: Probe) -> Statistics:
         if probe.statistics == "first_rank":
-            return self._ranks[0]
+            return self._ranks[probe.weights][0]
         if probe.statistics == "pooled":
-            return pooled(self._ranks)
+            return pooled(self._ranks[probe.weights])
         if probe.statistics == "precise":
             source = probe.data if probe.calibrate is None else probe.calibrate
             batches = self._data(source, self._settings.device_batch).train_dataloader()
             there = len(batches) * self._settings.device_batch
             return calibrate(self._model, batches, min(probe.samples, there))
-        return self._saved
+        return own_running_stats(self._model)
 
     def _data(self, changes: dict[str, Any], device_batch: int) -> Any:
         return build({**self._settings.data, "shards": "shuffled", **changes, "device_batch": device_batch})
