@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from distnorm.errors import ConfigError
+from distnorm.norms.arguments import check_eps, check_momentum
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
 from distnorm.norms.renorm import BatchRenorm
@@ -15,7 +16,7 @@ from distnorm.norms.sample import GroupNorm, Identity
 from distnorm.norms.surgery import after_of, become, register_norm, source_of
 from distnorm.norms.sync import SyncBatchNorm
 from distnorm.norms.weight import STANDARDIZED
-from distnorm.spec import NormSpec, group_count
+from distnorm.spec import BATCH_KINDS, NormSpec, group_count
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _SETTINGS = ("momentum", "track_running_stats")
@@ -45,7 +46,8 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
     """Refuse what a layer cannot become, before anything changes.
 
     Raises:
-        ConfigError: there are no statistics to freeze, or no group to make.
+        ConfigError: there are no statistics to freeze, or no group to make; or its `eps` or `momentum` is one that no
+            layer could have been built with.
     """
     if spec.kind == "frozen" and getattr(norm, "running_mean", None) is None:
         raise ConfigError(
@@ -53,6 +55,10 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
             f"Leave it as it is: exclude=[{name!r}], or give it a kind of its own: "
             f"layers={{{name!r}: {{'kind': 'group'}}}}."
         )
+    settings = {"eps": check_eps} | ({"momentum": check_momentum} if spec.kind in BATCH_KINDS else {})
+    for setting, check in settings.items():
+        if hasattr(norm, setting):
+            check(f"layer {name!r} has", getattr(norm, setting))
     if spec.groups < 1:
         raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
 
