@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.errors import ConfigError
+from distnorm.norms.arguments import check_eps, check_momentum
 from distnorm.norms.constants import eps_of
 from distnorm.norms.frozen import FrozenBatchNorm
 from distnorm.norms.ghost import GhostBatchNorm
@@ -52,7 +53,8 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
     """Refuse what a layer cannot become, before anything changes.
 
     Raises:
-        ConfigError: there are no statistics to freeze, or no group to make.
+        ConfigError: there are no statistics to freeze, or no group to make; or its `eps` or `momentum` is one that no
+            layer could have been built with.
     """
     if spec.kind == "frozen" and getattr(norm, "running_mean", None) is None:
         raise ConfigError(
@@ -60,6 +62,10 @@ def check_change(name: str, norm: nn.Module, spec: NormSpec) -> None:
             f"Leave it as it is: exclude=[{name!r}], or give it a kind of its own: "
             f"layers={{{name!r}: {{'kind': 'group'}}}}."
         )
+    settings = {"eps": check_eps} | ({"momentum": check_momentum} if spec.kind in BATCH_KINDS else {})
+    for setting, check in settings.items():
+        if hasattr(norm, setting):
+            check(f"layer {name!r} has", getattr(norm, setting))
     if spec.groups < 1:
         raise ConfigError(f"layer {name!r} would get groups={spec.groups}, at least 1. Give e.g. groups=32.")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -202,10 +203,10 @@ def check_renorm(renorm: Any) -> None:
         if name not in RENORM:
             near = did_you_mean(str(name), RENORM) or " Leave it out."
             raise ConfigError(f"norm.renorm={dict(renorm)} may have {rule}, and has {name!r}.{near}")
-        if not _is_number(value) or not value >= RENORM[name]:  # nor nan
+        if not _is_number(value) or not RENORM[name] <= value < math.inf:  # nor nan
             example = {"r_max": 3, "d_max": 5, "warmup": 200, "ramp": 800}[name]
             raise ConfigError(
-                f"norm.renorm.{name}={value!r} must be a number of at least {RENORM[name]}. "
+                f"norm.renorm.{name}={value!r} must be a finite number of at least {RENORM[name]}. "
                 f"Use e.g. norm.renorm.{name}={example}."
             )
 

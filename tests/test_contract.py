@@ -119,9 +119,11 @@ def one_value(sizes, shape, mask_shape):
 )
 def test_one_value_a_channel_is_refused_on_all_ranks_alike(sizes, shape, mask_shape):
     for message, unmoved, finite, tracked in ranks.run(one_value, sizes, shape, mask_shape, world=len(sizes)):
-        assert (
-            f"head.bn has 1 value a channel over its whole group of {len(sizes)} ranks; a variance needs 2" in message
-        )
+        alone, together = "and pools over no other rank", f"over its whole group of {len(sizes)} ranks"
+        group = alone if len(sizes) == 1 else together
+        assert f"head.bn has 1 value per channel {group}; a variance needs 2" in message
+        assert "drop_last=True on the DataLoader (data.last_batch=drop)" in message
+        assert message.count("\n") <= 2
         assert "data.device_batch, sync_ranks" in message
         assert "norm=group" in message
         assert unmoved == UNMOVED

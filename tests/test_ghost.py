@@ -80,7 +80,10 @@ def test_evaluation_is_torchs_and_moves_nothing():
 
 @pytest.mark.parametrize("ghost_batch", [0, -2])
 def test_ghosts_of_nobody_are_refused(ghost_batch):
-    with pytest.raises(ConfigError, match=rf"ghost_batch={ghost_batch} must be at least 1. Give the samples"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"got ghost_batch={ghost_batch}, which must be a whole number of at least 1\. Give the samples",
+    ):
         GhostBatchNorm(3, ghost_batch)
 
 
@@ -89,7 +92,10 @@ def test_a_ghost_of_one_value_is_refused_before_anything_moves(samples, ghost_ba
     layer = GhostBatchNorm(3, ghost_batch)
     with pytest.raises(ShapeError) as caught:
         layer(torch.randn(samples, 3))
-    assert f"{samples} samples in runs of ghost_batch={ghost_batch}; a variance needs 2" in str(caught.value)
-    assert f"Use a ghost_batch of at least 2 that divides {samples}, or GroupNorm (norm=group)" in str(caught.value)
+    plural, size = ("", "") if samples == 1 else ("s", f"a ghost_batch of at least 2 that divides {samples}, or ")
+    assert f"{samples} sample{plural} in runs of ghost_batch={ghost_batch}; a variance needs 2" in str(caught.value)
+    assert "drop_last=True on the DataLoader (data.last_batch=drop)" in str(caught.value)
+    assert f"or use {size}GroupNorm (norm=group)" in str(caught.value)
+    assert str(caught.value).count("\n") <= 2
     assert int(layer.num_batches_tracked) == 0
     assert layer(torch.randn(samples, 3, 2)).isfinite().all()

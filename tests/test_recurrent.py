@@ -260,8 +260,14 @@ def test_the_first_state_may_be_left_out():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: RecurrentBatchNorm(3, 0), r"t_max=0 must be a number of at least 1. Give the length of the usual"),
-        (lambda: RecurrentBatchNorm(4, t_max="5"), r"t_max='5' must be a number of at least 1. Give the length"),
+        (
+            lambda: RecurrentBatchNorm(3, 0),
+            r"t_max=0, which must be a whole number of at least 1. Give the length of the usual",
+        ),
+        (
+            lambda: RecurrentBatchNorm(4, t_max="5"),
+            r"t_max='5', which must be a whole number of at least 1. Give the length",
+        ),
         (lambda: RecurrentBatchNorm(3, 2)(torch.randn(4, 3), -1), r"RecurrentBatchNorm\(3\) got time=-1.*time=0 first"),
         (lambda: RecurrentBatchNorm(3, 2, sync_ranks=0), r"sync_ranks=0 must be at least 1. Give a number of ranks"),
     ],

@@ -105,7 +105,9 @@ def test_the_threshold_cuts_and_learns():
 
 @pytest.mark.parametrize("eps", [0.0, -1e-6, float("nan")])
 def test_an_eps_that_is_none_is_refused(eps):
-    with pytest.raises(ConfigError, match=rf"eps={eps} must be above 0.*Use 1e-6, or 1e-4 if learned"):
+    with pytest.raises(
+        ConfigError, match=rf"eps={eps}, which must be a finite number above 0.*Use 1e-6, or 1e-4 if learned"
+    ):
         FilterResponseNorm(3, eps)
 
 

@@ -215,7 +215,7 @@ def one_value(rank_with_it):
 
 def test_one_value_a_channel_is_refused_on_every_rank_alike():
     for message, unmoved in ranks.run(one_value, 1, world=2):
-        assert "head.bn has 1 value a channel over its whole group of 2 ranks" in message
+        assert "head.bn has 1 value per channel over its whole group of 2 ranks" in message
         assert "norm=group" in message
         assert unmoved
 
@@ -232,7 +232,7 @@ def test_another_number_of_channels_is_refused(shape):
     [
         ({"sync_ranks": 3}, "sync_ranks=3 does not divide world_size=4. Use 1, 2 or 4."),
         ({"sync_ranks": 0}, "sync_ranks=0 must be at least 1"),
-        ({"group_ranks": (0, 0)}, "group_ranks=(0, 0) must be different ranks below world_size=4"),
+        ({"group_ranks": (0, 4)}, "group_ranks=(0, 4) must be different ranks below world_size=4"),
         ({"group_ranks": (0, 5)}, "group_ranks=(0, 5)"),
     ],
 )

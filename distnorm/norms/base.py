@@ -6,16 +6,16 @@ Legend: N samples, C channels, * positions.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import collectives
-from distnorm.errors import ShapeError
-from distnorm.norms import apart
+from distnorm.norms import apart, arguments, sharded, transforms
+from distnorm.norms.inputs import check_input, name_in_words
 from distnorm.norms.leaf import TracedAsLeaf
-from distnorm.norms.quantizing import check_not_quantized
 from distnorm.norms.recomputation import Pass, Passes, inside_backward
+from distnorm.norms.snapshots import snapshot
 
 OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
@@ -33,29 +33,13 @@ def name_layer(layer: Any, name: str, *, is_unique: bool = False) -> None:
     layer.layer_order = collectives.ONLY_ONE if is_unique else collectives.count_layer(name_in_words(layer))
 
 
-def name_in_words(layer: Any) -> str:
-    """Name a layer in a message: its place in the model, or its class where it has none."""
-    return layer.layer_name or f"{type(layer).__name__}({layer.num_features})"
-
-
-def check_input(layer: Any, x: Tensor) -> None:
-    """Refuse what is not [N, num_features, *] floating.
-
-    Raises:
-        ShapeError: it is not.
-    """
-    name, channels = name_in_words(layer), layer.num_features
-    if x.dim() < 2 or x.shape[1] != channels:
-        raise ShapeError(
-            f"{name} got an input of shape {tuple(x.shape)}; it normalizes [N, {channels}, *].\n"
-            f"Give it samples in the first dimension and {channels} channels in the second, or build it with the "
-            "num_features of its input.",
-        )
-    if not x.is_floating_point():
-        check_not_quantized(name, x)
-        raise ShapeError(
-            f"{name} got an input of {x.dtype}; it normalizes floating-point values. Give it input.float().",
-        )
+def reset_batch_norm(layer: nn.Module) -> None:
+    """Initialize a layer's own batch norm parameters and buffers, whichever it has, as its constructor does."""
+    initial = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    with torch.no_grad():
+        for name, value in initial.items():
+            if (values := getattr(layer, name, None)) is not None:
+                values.fill_(value)
 
 
 def followed(layer: Any, y: Tensor) -> Tensor:
@@ -85,11 +69,35 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
     after: tuple[str, ...] = ()
     _passes: Passes | None = None
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        num_features = arguments.check_batch_norm(self, num_features, eps, momentum, affine, track_running_stats, bias)
+        arguments.check_dtype(self, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # `bias=` came with torch 2.13
+            self.register_parameter("bias", None)
+
+    def reset_parameters(self) -> None:
+        """Set weight, bias and running statistics to what a new layer has: 1, 0, and 0 and 1 after no batch."""
+        reset_batch_norm(self)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Normalize with batch statistics in training, with running statistics in evaluation.
 
         Shape: input [N, C, *] floating; output: the same.
         """
+        if type(input) is not Tensor and sharded.is_sharded(input):
+            return sharded.on_shard(self, AbstractBatchStatisticsNorm.forward, input)
         self._check_input_dim(input)
         self._keep_statistics_apart()
         if self.training or self.running_mean is None:
@@ -101,6 +109,10 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
 
     def _normalize_with_running(self, x: Tensor) -> Tensor:
         mean, var, _ = self._running()
+        assert mean is not None
+        assert var is not None
+        if torch.is_grad_enabled() and not torch.compiler.is_exporting():
+            mean, var = snapshot(mean, var)
         return functional.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
 
     def _running(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -118,6 +130,8 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:  # noqa: A002
         check_input(self, input)
+        if not self.eps > 0:  # nor nan; it may have been set after construction
+            arguments.check_eps(f"{self.name_in_words()} has", self.eps, zero=not self.training)
 
     def name_in_words(self) -> str:
         """Name the layer in a message: its place in the model, or its class where it has none."""
@@ -136,7 +150,7 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
 
     def _keep_with(self, y: Tensor, passed: Pass) -> None:
         """Remember a pass that only has to be known again, as long as the graph of its output lives."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or transforms.active():
             return
         if y.grad_fn is not None:
             y.grad_fn.metadata["distnorm"] = passed  # type: ignore[index]  # a property, that torch declares a method
@@ -165,8 +179,12 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
             elif tracked is not None:
                 factor = factor / tracked.clamp(min=1)
             unbiased_C = var_C * (count / (count - 1).clamp(min=1))
-            mean.lerp_(mean_C.to(mean.dtype), factor)
-            var.lerp_(unbiased_C.to(var.dtype), factor)
+            if transforms.active():  # vmap has no rule for lerp_, and says so
+                mean.add_((mean_C.to(mean.dtype) - mean) * factor)
+                var.add_((unbiased_C.to(var.dtype) - var) * factor)
+            else:
+                mean.lerp_(mean_C.to(mean.dtype), factor)
+                var.lerp_(unbiased_C.to(var.dtype), factor)
         elif count:
             if tracked is not None:
                 tracked.add_(1)

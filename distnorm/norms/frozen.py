@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from distnorm.norms.base import check_input, followed
+from distnorm.norms import arguments, sharded
+from distnorm.norms.base import followed, reset_batch_norm
+from distnorm.norms.inputs import check_input, name_in_words
 from distnorm.norms.leaf import TracedAsLeaf
 
 
@@ -29,12 +31,14 @@ class FrozenBatchNorm(TracedAsLeaf, nn.Module):
         eps: added to the variance.
         device: where parameters and buffers live.
         dtype: of parameters and buffers.
+        bias: `False`: scale only.
 
     Shape: input [N, C, *] floating, N may be 0. output: the same.
 
     Collective: none.
 
     Raises:
+        ConfigError: an argument is out of its range.
         ShapeError: dimension 1 is not `num_features`; or the input is not floating.
 
     Example:
@@ -53,15 +57,31 @@ class FrozenBatchNorm(TracedAsLeaf, nn.Module):
     _version = 2  # of batch norm, since when it counts its batches
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
+        arguments.check_eps(self, eps)
+        arguments.check_dtype(self, dtype)
+        arguments.check_flag(self, "bias", bias)
+        meaning = "the number of channels of the input"
+        num_features = arguments.check_count(self, "num_features", num_features, meaning)
         self.num_features, self.eps = num_features, eps
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype), False)
-        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype), False)
+        zeros = torch.zeros(num_features, device=device, dtype=dtype)
+        self.bias: nn.Parameter | None = nn.Parameter(zeros, False) if bias else None
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long, device=device))
+
+    def reset_parameters(self) -> None:
+        """Set the constants to those of a new layer, which scale and shift nothing."""
+        reset_batch_norm(self)
 
     def extra_repr(self) -> str:
         """Show the channels and eps."""
@@ -72,7 +92,11 @@ class FrozenBatchNorm(TracedAsLeaf, nn.Module):
 
         Shape: input [N, C, *] floating; output: the same.
         """
+        if type(input) is not Tensor and sharded.is_sharded(input):
+            return sharded.on_shard(self, FrozenBatchNorm.forward, input)
         check_input(self, input)
+        if not self.eps >= 0:  # nor nan; it may have been set after construction
+            arguments.check_eps(f"{name_in_words(self)} has", self.eps)
         weight, bias = (None if p is None else p.detach() for p in (self.weight, self.bias))
         y = functional.batch_norm(
             input, self.running_mean, self.running_var, weight, bias, training=False, eps=self.eps

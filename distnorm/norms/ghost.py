@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from distnorm.errors import ConfigError, ShapeError
+from distnorm.errors import ShapeError
 from distnorm.moments import Moments
+from distnorm.norms.arguments import check_count
 from distnorm.norms.base import AbstractBatchStatisticsNorm
+from distnorm.norms.inputs import WITHOUT_LAST_BATCH
 from distnorm.norms.recomputation import Pass
 from distnorm.norms.surgery import register_norm
 
@@ -33,13 +35,14 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         track_running_stats: keep running statistics; without them evaluation uses ghosts too.
         device: where parameters and buffers live.
         dtype: of parameters and buffers.
+        bias: `False`: learn `weight` only.
 
     Shape: input [N, C, *] floating, N may be 0. output: the same.
 
     Collective: none.
 
     Raises:
-        ConfigError: `ghost_batch` is below 1.
+        ConfigError: an argument is out of its range, e.g. `ghost_batch` below 1.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; or a ghost has one value a channel.
 
     Example:
@@ -51,6 +54,7 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     """
 
     ghost_batch: int = 1
+    takes_whole_samples: bool = True
 
     def __init__(
         self,
@@ -60,14 +64,14 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        *,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if ghost_batch < 1:
-            raise ConfigError(f"ghost_batch={ghost_batch} must be at least 1. Give the samples that share statistics.")
-        self.ghost_batch = ghost_batch
+        checked = check_count(self, "ghost_batch", ghost_batch, "the samples that share statistics")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.ghost_batch = checked
 
     def extra_repr(self) -> str:
         """Show the ghost batch beside what torch shows."""
@@ -83,10 +87,12 @@ class GhostBatchNorm(AbstractBatchStatisticsNorm):
     def _check_ghosts(self, x: Tensor) -> None:
         smallest = (x.shape[0] % self.ghost_batch or self.ghost_batch) * x.shape[2:].numel()
         if x.shape[0] and smallest == 1:
+            plural = "s" if x.shape[0] > 1 else ""
+            divisor = f"a ghost_batch of at least 2 that divides {x.shape[0]}, or " if plural else ""
             raise ShapeError(
-                f"{self.name_in_words()} has a ghost of 1 value a channel: {x.shape[0]} samples in runs of "
+                f"{self.name_in_words()} has a ghost of 1 value per channel: {x.shape[0]} sample{plural} in runs of "
                 f"ghost_batch={self.ghost_batch}; a variance needs 2.\n"
-                f"Use a ghost_batch of at least 2 that divides {x.shape[0]}, or GroupNorm (norm=group).",
+                f"{WITHOUT_LAST_BATCH};\nor use {divisor}GroupNorm (norm=group).",
             )
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distnorm.collectives import Pending
 from distnorm.moments import Moments, statistics_dtype
+from distnorm.norms.transforms import innermost
 
 _MOST_IN_A_ROW = 2048
 """torch's native CPU passes add up the positions of a plane, or channels-last all values, one after the other in
@@ -200,9 +201,9 @@ def input_gradient(
 
 
 def is_plain(x: Tensor) -> bool:
-    """Tell whether native passes can take a tensor: values on a CPU or a CUDA device, neither traced nor simulated."""
+    """Tell whether native passes can take a tensor: plain values of a CPU or a CUDA device."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") and x.numel() > 0
-    return plain and not torch.compiler.is_compiling()
+    return plain and not torch.compiler.is_compiling() and innermost() is None
 
 
 def planes_are_contiguous(x: Tensor) -> bool:

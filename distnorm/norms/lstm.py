@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distnorm.errors import ShapeError
+from distnorm.norms.arguments import check_count, check_dtype
 from distnorm.norms.leaf import TracedAsLeaf
 from distnorm.norms.recurrent import RecurrentBatchNorm
 
@@ -44,7 +45,8 @@ class BatchNormLSTMCell(TracedAsLeaf, nn.Module):
         group. eval: none. Every rank of the group must run the same number of time steps.
 
     Raises:
-        ConfigError: `t_max` is below 1; `time` is below 0; or the ranks are named twice.
+        ConfigError: an argument is out of its range, e.g. `t_max` below 1; `time` is below 0; or the ranks are named
+            twice.
         ShapeError: the input is not [N, I], or the state not [N, H]; or the whole group has one sample.
 
     Example:
@@ -71,17 +73,26 @@ class BatchNormLSTMCell(TracedAsLeaf, nn.Module):
         group_ranks: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
+        input_size = check_count(self, "input_size", input_size, "the number of features of the input")
+        hidden_size = check_count(self, "hidden_size", hidden_size, "the number of features of the state")
+        check_dtype(self, dtype)
         self.input_size, self.hidden_size = input_size, hidden_size
         place: Any = {"device": device, "dtype": dtype}
         ranks: Any = {"sync_ranks": sync_ranks, "group_ranks": group_ranks}
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size, **place))
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size, **place))
-        self.bias = nn.Parameter(torch.zeros(4 * hidden_size, **place))
+        self.bias = nn.Parameter(torch.empty(4 * hidden_size, **place))
         self.norm_ih = RecurrentBatchNorm(4 * hidden_size, t_max, eps, momentum, bias=False, **place, **ranks)
         self.norm_hh = RecurrentBatchNorm(4 * hidden_size, t_max, eps, momentum, bias=False, **place, **ranks)
         self.norm_c = RecurrentBatchNorm(hidden_size, t_max, eps, momentum, **place, **ranks)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights as `nn.LSTMCell` does, and set the bias to 0; the norms reset themselves."""
+        bound = self.hidden_size**-0.5
         for weight in (self.weight_ih, self.weight_hh):
-            nn.init.uniform_(weight, -(hidden_size**-0.5), hidden_size**-0.5)
+            nn.init.uniform_(weight, -bound, bound)
+        nn.init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

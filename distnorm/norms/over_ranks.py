@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distnorm import collectives
 from distnorm.errors import ConfigError, ShapeError
-from distnorm.moments import statistics_dtype
-from distnorm.norms import exchange, kernels
+from distnorm.moments import Moments, statistics_dtype
+from distnorm.norms import arguments, exchange, kernels, sharded, transforms
 from distnorm.norms.base import AbstractBatchStatisticsNorm, followed, name_layer
+from distnorm.norms.inputs import WITHOUT_LAST_BATCH
 from distnorm.norms.pooling import Pooled, pool, unpack
 from distnorm.norms.recomputation import Correction, Pass
 from distnorm.norms.synchronized import normalize
@@ -34,15 +35,14 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         self, sync_ranks: int | None, group_ranks: tuple[int, ...] | None, process_group: Any = None
     ) -> None:
         """Take the ranks that a constructor was given, in one of three ways."""
+        sync_ranks, group_ranks = arguments.check_ranks(self, sync_ranks, group_ranks)
         given = {"process_group": process_group, "sync_ranks": sync_ranks, "group_ranks": group_ranks}
         chosen = [f"{name}={value}" for name, value in given.items() if value is not None]
         if len(chosen) > 1:
             raise ConfigError(
                 f"{type(self).__name__} got {' and '.join(chosen)}, that each name its ranks. Give one of them."
             )
-        if sync_ranks is not None and (not isinstance(sync_ranks, int) or sync_ranks < 1):
-            raise ConfigError(f"sync_ranks={sync_ranks!r} must be at least 1. Give a number of ranks, or None for all.")
-        self.sync_ranks, self.group_ranks = sync_ranks, None if group_ranks is None else tuple(group_ranks)
+        self.sync_ranks, self.group_ranks = sync_ranks, group_ranks
         if process_group is not None:
             self.group_ranks = collectives.adopt(process_group)
         name_layer(self, "")
@@ -82,6 +82,8 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         Shape: input [N, C, *] floating; mask boolean [N, *], or its first dimensions, e.g. [N, T] for input
             [N, C, T, H]; output like input.
         """
+        if type(input) is not Tensor and sharded.is_sharded(input):
+            return sharded.on_shard(self, AbstractNormOverRanks.forward, input, mask)
         self._check_input_dim(input)
         self._keep_statistics_apart()
         if mask is not None:
@@ -98,6 +100,8 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         return self._normalize_with_ranks(self.members(), x, mask)
 
     def _normalize_with_ranks(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if transforms.active():
+            return self._normalize_in_transform(ranks, x, mask)
         x = kernels.dense(x)
         with torch.no_grad():
             own_K, scratch = kernels.measure(x, mask)
@@ -111,6 +115,22 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         if kept is not None:
             self._keep(kept, y)
         return y
+
+    def _normalize_in_transform(self, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalize with operations that every `torch.func` transform can take apart."""
+        transforms.check_ranks(ranks, self.name_in_words())
+        moments = transforms.measure(x, mask, ranks, self.whose(), self.weight, self.bias)
+        found = Moments(moments.count, moments.mean.detach(), moments.m2.detach())  # forward mode ignores no_grad
+        pooled = Pooled.of(found.mean, found.var, found.count, statistics_dtype(x.dtype))
+        with torch.no_grad():
+            if mask is None or not transforms.inside_vmap():
+                self._check_count(pooled.count, moments.count.view(1), ranks, x, mask)
+            correction = self._correction(pooled)
+            if self.training:
+                self._take_batch(pooled.mean, pooled.var, pooled.count)
+                self._rank_rows = None
+        weight, bias = self._gain_and_shift(Pass(None, pooled, correction))
+        return transforms.normalize(x, moments, self.eps, weight, bias)
 
     def _pool(self, own_K: Tensor, ranks: tuple[int, ...], x: Tensor, mask: Tensor | None) -> Pass:
         """Pool the moments of the group, and move the running statistics."""
@@ -140,10 +160,11 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         if torch.compiler.is_compiling() or (x.numel() > x.shape[1] and (mask is None or own_K[-1] > 1)):
             return
         if 0 < float(count) <= 1:
+            group = "and pools over no other rank" if len(ranks) == 1 else f"over its whole group of {len(ranks)} ranks"
             raise ShapeError(
-                f"{self.name_in_words()} has 1 value a channel over its whole group of {len(ranks)} ranks; "
-                "a variance needs 2.\n"
-                "Give the group more samples or ranks (data.device_batch, sync_ranks), or use GroupNorm (norm=group).",
+                f"{self.name_in_words()} has 1 value per channel {group}; a variance needs 2.\n"
+                f"{WITHOUT_LAST_BATCH}; or give the group more samples or ranks (data.device_batch, sync_ranks),\n"
+                "or use GroupNorm (norm=group).",
             )
 
     def _fit(self, mask: Tensor, x: Tensor) -> Tensor:

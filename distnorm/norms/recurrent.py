@@ -3,12 +3,13 @@
 Legend: N samples, C channels, T = t_max time steps with statistics of their own, * positions.
 """
 
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distnorm.errors import ConfigError
+from distnorm.norms.arguments import check_count
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 
 INITIAL_WEIGHT = 0.1
@@ -44,7 +45,8 @@ class RecurrentBatchNorm(AbstractNormOverRanks):
         of time steps: one whose sequences are over goes on with a mask, or with no samples.
 
     Raises:
-        ConfigError: `t_max` is no number of at least 1; `time` is below 0; or the ranks are named twice.
+        ConfigError: an argument is out of its range, e.g. `t_max` below 1; `time` is below 0; or the ranks are named
+            twice.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; the mask does not fit; or the whole
             group has one value a channel.
         GroupError: a rank of the group failed, or did not come within the process group's timeout.
@@ -74,17 +76,12 @@ class RecurrentBatchNorm(AbstractNormOverRanks):
         sync_ranks: int | None = None,
         group_ranks: tuple[int, ...] | None = None,
     ) -> None:
-        if not isinstance(t_max, SupportsIndex) or int(t_max) < 1:
-            raise ConfigError(
-                f"t_max={t_max!r} must be a number of at least 1. Give the length of the usual training sequence."
-            )
-        super().__init__(num_features, eps, momentum, device=device, dtype=dtype)
-        self.t_max = t_max
-        if not bias:
-            self.register_parameter("bias", None)
+        steps = check_count(self, "t_max", t_max, "the length of the usual training sequence")
+        super().__init__(num_features, eps, momentum, device=device, dtype=dtype, bias=bias)
+        self.t_max = steps
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             value_C = getattr(self, name)
-            setattr(self, name, value_C.expand(t_max, *value_C.shape).clone())
+            setattr(self, name, value_C.expand(steps, *value_C.shape).clone())
         self._choose_ranks(sync_ranks, group_ranks)
 
     def reset_parameters(self) -> None:

@@ -3,15 +3,18 @@
 Legend: N samples, C channels, R ranks, * positions.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distnorm.errors import ConfigError
+from distnorm.norms.arguments import is_number
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 from distnorm.norms.pooling import Pooled
 from distnorm.norms.recomputation import Correction, Pass
+from distnorm.norms.snapshots import snapshot
 from distnorm.norms.surgery import register_norm
 
 
@@ -61,7 +64,8 @@ class BatchRenorm(AbstractNormOverRanks):
         through it. r and d need no exchange: the running statistics are alike on all ranks of a group.
 
     Raises:
-        ConfigError: `r_max` is below 1, or `d_max`, `warmup` or `ramp` below 0; or the ranks are named twice.
+        ConfigError: `r_max` is below 1, or `d_max`, `warmup` or `ramp` below 0; another argument is out of its range;
+            or the ranks are named twice.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; the mask does not fit; or the whole
             group has one value a channel.
         GroupError: as `SyncBatchNorm`.
@@ -89,9 +93,9 @@ class BatchRenorm(AbstractNormOverRanks):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        *,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        *,
         bias: bool = True,
         sync_ranks: int | None = None,
         group_ranks: tuple[int, ...] | None = None,
@@ -100,14 +104,12 @@ class BatchRenorm(AbstractNormOverRanks):
         warmup: int = 200,
         ramp: int = 800,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._choose_ranks(sync_ranks, group_ranks)
         for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0), ("warmup", warmup, 0), ("ramp", ramp, 0)):
-            if not value >= least:  # nor nan
+            if not is_number(value) or not least <= value < math.inf:  # nor nan
                 raise ConfigError(
-                    f"{name}={value} must be at least {least}. Give a larger one; "
+                    f"{name}={value!r:.60} must be at least {least}, and finite. Give such a number; "
                     "r_max=1 and d_max=0 correct nothing, warmup=0 and ramp=0 correct from the first step.",
                 )
         self.r_max, self.d_max, self.warmup, self.ramp = r_max, d_max, warmup, ramp
@@ -127,7 +129,7 @@ class BatchRenorm(AbstractNormOverRanks):
         r_C = ((pooled.var + self.eps).sqrt() / running_std_C).clamp(1 / r_limit, r_limit)
         d_C = ((pooled.exact_mean - self.running_mean).to(r_C.dtype) / running_std_C).clamp(-d_limit, d_limit)
         if torch.compiler.is_compiling():
-            r_C, d_C = torch.ops.distnorm.computed_once(torch.stack((r_C, d_C))).unbind()
+            r_C, d_C = snapshot(r_C, d_C)
         return r_C, d_C
 
     def _gain_and_shift(self, passed: Pass) -> tuple[Tensor | None, Tensor | None]:
@@ -141,14 +143,3 @@ class BatchRenorm(AbstractNormOverRanks):
 
 
 register_norm(BatchRenorm)
-
-
-@torch.library.custom_op("distnorm::computed_once", mutates_args=())
-def _computed_once(values: Tensor) -> Tensor:
-    """Copy values, opaquely: a compiled backward would else compute them again, from running statistics that moved."""
-    return values.clone()
-
-
-@_computed_once.register_fake
-def _(values: Tensor) -> Tensor:
-    return torch.empty_like(values)

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distnorm.errors import ConfigError, ShapeError
+from distnorm.errors import ShapeError
 from distnorm.moments import statistics_dtype
-from distnorm.norms.base import check_input, followed, name_in_words
+from distnorm.norms import arguments, sharded
+from distnorm.norms.base import followed
+from distnorm.norms.inputs import check_input, name_in_words
 from distnorm.norms.kernels import wide
 from distnorm.norms.leaf import TracedAsLeaf
 
@@ -36,7 +38,7 @@ class FilterResponseNorm(TracedAsLeaf, nn.Module):
     Collective: none.
 
     Raises:
-        ConfigError: `eps` is not above 0.
+        ConfigError: an argument is out of its range, e.g. `eps` not above 0.
         ShapeError: dimension 1 is not `num_features`; the input is not floating; or it has no positions: of one value
             nothing but the sign would be left.
 
@@ -52,6 +54,8 @@ class FilterResponseNorm(TracedAsLeaf, nn.Module):
     layer_name: str = ""
     after: tuple[str, ...] = ()
     eps: float | Tensor
+    initial_eps: float = 1e-4
+    takes_whole_samples: bool = True
 
     def __init__(
         self,
@@ -63,14 +67,23 @@ class FilterResponseNorm(TracedAsLeaf, nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not eps > 0:
-            raise ConfigError(
-                f"eps={eps} must be above 0: a channel may be 0 everywhere. Use 1e-6, or 1e-4 if learned."
-            )
-        self.num_features = num_features
-        self.eps = nn.Parameter(torch.tensor(eps, device=device, dtype=dtype)) if learnable_eps else eps
+        remedy = "A channel may be 0 everywhere. Use 1e-6, or 1e-4 if learned"
+        arguments.check_eps(self, eps, zero=False, remedy=remedy)
+        arguments.check_flag(self, "learnable_eps", learnable_eps)
+        num_features = _check_channels(self, num_features, dtype)
+        self.num_features, self.initial_eps = num_features, float(eps)
+        self.eps = nn.Parameter(torch.tensor(float(eps), device=device, dtype=dtype)) if learnable_eps else eps
         self.weight: nn.Parameter | None = nn.Parameter(torch.ones(num_features, device=device, dtype=dtype))
         self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1, the bias to 0, and a learned `eps` to what the constructor was given."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if isinstance(self.eps, Tensor):
+            nn.init.constant_(self.eps, self.initial_eps)
 
     def extra_repr(self) -> str:
         """Show the channels and eps."""
@@ -81,6 +94,8 @@ class FilterResponseNorm(TracedAsLeaf, nn.Module):
 
         Shape: input [N, C, *] floating; output: the same.
         """
+        if type(input) is not Tensor and sharded.is_sharded(input):
+            return sharded.on_shard(self, FilterResponseNorm.forward, input)
         check_input(self, input)
         if input.dim() < 3:
             raise ShapeError(
@@ -90,6 +105,8 @@ class FilterResponseNorm(TracedAsLeaf, nn.Module):
         x = input.to(statistics_dtype(input.dtype))
         square = x.square().mean(list(range(2, x.dim())), keepdim=True)
         eps = self.eps.abs() if isinstance(self.eps, Tensor) else self.eps
+        if not isinstance(eps, Tensor) and not eps >= 0:  # nor nan; it may have been set after construction
+            arguments.check_eps(f"{name_in_words(self)} has", eps)
         y = x * torch.rsqrt(square + eps)
         if self.weight is not None:
             y = y * wide(self.weight, y)
@@ -116,6 +133,7 @@ class ThresholdedLinearUnit(TracedAsLeaf, nn.Module):
     Collective: none.
 
     Raises:
+        ConfigError: an argument is out of its range.
         ShapeError: dimension 1 is not `num_features`; or the input is not floating.
 
     Example:
@@ -129,8 +147,12 @@ class ThresholdedLinearUnit(TracedAsLeaf, nn.Module):
 
     def __init__(self, num_features: int, *, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.num_features = num_features
+        self.num_features = num_features = _check_channels(self, num_features, dtype)
         self.tau = nn.Parameter(torch.zeros(num_features, device=device, dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """Set the thresholds to 0, where ReLU has them."""
+        nn.init.zeros_(self.tau)
 
     def extra_repr(self) -> str:
         """Show the channels."""
@@ -138,5 +160,12 @@ class ThresholdedLinearUnit(TracedAsLeaf, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Cut off. Shape: input [N, C, *] floating; output: the same."""
+        if type(input) is not Tensor and sharded.is_sharded(input):
+            return sharded.on_shard(self, ThresholdedLinearUnit.forward, input)
         check_input(self, input)
         return torch.maximum(input, wide(self.tau.to(input.dtype), input))
+
+
+def _check_channels(layer: nn.Module, num_features: Any, dtype: Any) -> int:
+    arguments.check_dtype(layer, dtype)
+    return arguments.check_count(layer, "num_features", num_features, "the number of channels of the input")

@@ -42,16 +42,21 @@ class SyncBatchNorm(AbstractNormOverRanks):
             size.
         group_ranks: an arbitrary subset of ranks instead of blocks; the ranks outside it normalize alone.
 
-    Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some. output: the same.
+    Shape: input [N, C, *] floating; N may differ from rank to rank and be 0 on some; or a DTensor that is cut along its
+        samples or positions, whose mesh is the group. output: the same.
 
     Collective: train: 1 gather of 2C + 1 doubles forward (with more than 16 ranks in a group: 1 sum of as many), 1 sum
         of 2C floats backward, over the group, each with a mark that says whose numbers they are; nothing when
-        activation checkpointing repeats a forward; 2 sums of 2C more where the gradient is itself differentiated. eval:
-        none. Every rank of the group must reach this layer in every training step, and run backward through it.
+        activation checkpointing repeats a forward; 2 sums of 2C more where the gradient is itself differentiated.
+        Inside `torch.func.grad` or `vjp` 1 gather, and 1 sum of as many numbers from each rank. eval: none. Every rank
+        of the group must reach this layer in every training step, and run backward through it.
 
     Raises:
-        ShapeError: dimension 1 is not `num_features`; the input is not floating; or the mask does not fit: on the rank
-            where it is so. The whole group has one value a channel: on every rank alike.
+        ConfigError: an argument is out of its range; `eps` is 0 in training, as in torch; or ranks normalize together
+            inside a `torch.func` transform other than `grad` and `vjp`.
+        ShapeError: dimension 1 is not `num_features`; the input is not dense and floating, or a DTensor of other
+            placements; or the mask does not fit: on the rank where it is so. The whole group has one value per channel:
+            on every rank alike.
         GroupError: a rank of the group failed, or did not come within the process group's timeout; or another rank of
             the group brought numbers of another layer or call: on every rank of the group alike.
 
@@ -80,9 +85,7 @@ class SyncBatchNorm(AbstractNormOverRanks):
         sync_ranks: int | None = None,
         group_ranks: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        if not bias:
-            self.register_parameter("bias", None)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self._choose_ranks(sync_ranks, group_ranks, process_group)
 
     @classmethod

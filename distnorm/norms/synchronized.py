@@ -8,7 +8,7 @@ With xhat = (x - mean) · invstd, and sums over the pooled batch of n values a c
 `weight` and `bias` get this rank's own share: DDP adds the ranks up. Saved for backward: the input and O(C).
 
 Source: Ioffe & Szegedy 2015, section 3. Second order: the same expression in differentiable pieces, where mean and
-invstd are functions of all ranks' inputs (`_Statistics`) and a sum over ranks has itself as gradient (`_Sum`).
+invstd are functions of all ranks' inputs (`_Statistics`) and a sum over ranks has itself as gradient (`Sum`).
 
 Legend: C channels.
 """
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from distnorm.moments import statistics_dtype
-from distnorm.norms import exchange, kernels
+from distnorm.norms import exchange, kernels, transforms
 from distnorm.norms.pooling import Pooled
 from distnorm.norms.recomputation import Pass
+from distnorm.norms.transforms import Sum
 
 
 def normalize(
@@ -87,6 +88,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.passed is not None:
             ctx.passed.used += 1
+        transforms.check_backward(dy, ctx.ranks, ctx.whose[0])
         twice = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         dx, dweight, dbias = (_gradient_to_differentiate if twice else _gradient)(ctx, dy)
         return dx, dweight, dbias, *(None,) * 8
@@ -112,7 +114,7 @@ def _gradient_to_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Ten
     over, dtype = kernels.all_but_channels(x), statistics_dtype(x.dtype)
     xhat = (x - kernels.wide(mean_C, x)) * kernels.wide(invstd_C, x)
     dy_C, dy_xhat_C = dy.to(xhat.dtype).sum(over), (dy * xhat).sum(over)
-    sums_2C = _Sum.apply(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, ctx.whose, "backward")  # type: ignore[no-untyped-call]
+    sums_2C = Sum.apply(torch.cat((dy_C, dy_xhat_C)), ctx.ranks, ctx.whose, "backward")  # type: ignore[no-untyped-call]
     mean_dy_C, mean_dy_xhat_C = (sums_2C / _divisor(count)).chunk(2)
     scale_C = invstd_C if weight is None else invstd_C * weight
     dx = (dy - kernels.wide(mean_dy_C, x) - xhat * kernels.wide(mean_dy_xhat_C, x)) * kernels.wide(scale_C, x)
@@ -126,19 +128,23 @@ def _gradient_to_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Ten
 class _Statistics(torch.autograd.Function):
     """Mean and invstd of the pooled batch, known already, as functions of this rank's input."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
+        x: Tensor,  # noqa: ARG004 — what the statistics are a function of
         mean_C: Tensor,
         invstd_C: Tensor,
-        count: Tensor | float,
-        ranks: tuple[int, ...],
-        whose: exchange.Whose,
+        count: Tensor | float,  # noqa: ARG004
+        ranks: tuple[int, ...],  # noqa: ARG004
+        whose: exchange.Whose,  # noqa: ARG004
     ) -> tuple[Tensor, Tensor]:
-        _save(ctx, x, None, mean_C, invstd_C, count)
-        ctx.ranks, ctx.whose = ranks, whose
         return mean_C.clone(), invstd_C.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ARG004
+        x, mean_C, invstd_C, count, ctx.ranks, ctx.whose = inputs
+        _save(ctx, x, None, mean_C, invstd_C, count)
 
     @staticmethod
     def backward(ctx: Any, dmean_C: Tensor, dinvstd_C: Tensor) -> tuple[Tensor | None, ...]:
@@ -146,25 +152,11 @@ class _Statistics(torch.autograd.Function):
         if torch.is_grad_enabled():
             mean_C, invstd_C = _Statistics.apply(x, mean_C, invstd_C, count, ctx.ranks, ctx.whose)  # type: ignore[no-untyped-call]
         both_2C = torch.cat((dmean_C, dinvstd_C))
-        summed_2C = _Sum.apply(both_2C, ctx.ranks, ctx.whose, "double backward")  # type: ignore[no-untyped-call]
+        summed_2C = Sum.apply(both_2C, ctx.ranks, ctx.whose, "double backward")  # type: ignore[no-untyped-call]
         from_mean_C, from_invstd_C = (summed_2C / _divisor(count)).chunk(2)
         on_xmu_C = -from_invstd_C * invstd_C**3
         dx = kernels.wide(from_mean_C, x) + (x - kernels.wide(mean_C, x)) * kernels.wide(on_xmu_C, x)
         return dx.to(x.dtype), None, None, None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """A sum over ranks, whose gradient is the sum of the ranks' gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ranks: tuple[int, ...], whose: exchange.Whose, kind: str) -> Tensor:
-        ctx.ranks, ctx.whose, ctx.kind = ranks, whose, kind
-        return exchange.start_sum(values, ranks, whose, kind).wait().clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kind = f"{ctx.kind}, differentiated"
-        return _Sum.apply(grad, ctx.ranks, ctx.whose, kind), None, None, None  # type: ignore[no-untyped-call]
 
 
 def _save(ctx: Any, x: Tensor, weight: Tensor | None, mean_C: Tensor, invstd_C: Tensor, count: Tensor | float) -> None:

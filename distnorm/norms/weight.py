@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from distnorm.errors import ConfigError, divisors_in_words
+from distnorm.norms.arguments import check_eps
 from distnorm.norms.leaf import TracedAsLeaf
 from distnorm.norms.quantizing import check_not_quantized
 
@@ -37,6 +39,8 @@ def standardized(weight: Tensor, eps: float = 1e-5) -> Tensor:
 
     Source: Qiao et al. 2019, equations 5 and 6 (there eps is added to the deviation, not to the variance).
     """
+    if not eps >= 0:  # nor nan
+        check_eps("standardized() got", eps)
     if weight[:1].numel() == 1:
         return weight
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -62,6 +66,11 @@ def standardized_transposed(weight: Tensor, groups: int = 1, eps: float = 1e-5) 
 
     Source: as `standardized`.
     """
+    if groups < 1 or weight.shape[0] % groups:
+        raise ConfigError(
+            f"standardized_transposed() got groups={groups} for {weight.shape[0]} input channels, which groups divide "
+            f"evenly. Use {divisors_in_words(weight.shape[0])}."
+        )
     by_group = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, O / groups, I / groups, *]
     filters = standardized(by_group.flatten(0, 1), eps)
     result: Tensor = filters.unflatten(0, by_group.shape[:2]).transpose(1, 2).flatten(0, 1)

@@ -92,12 +92,18 @@ def weight_normalize(model: nn.Module, batch: Any, include: Kinds = CONVOLUTIONS
 def _find(model: nn.Module, include: Kinds) -> dict[str, nn.Module]:
     """Collect the layers by name, and refuse what cannot be normalized."""
     check_model(model, "weight_normalize")
+    if not (isinstance(include, tuple | list) and include and all(isinstance(kind, type) for kind in include)):
+        raise ConfigError(
+            f"weight_normalize() got include={include!r:.80}, which must be a tuple of types of layers.\n"
+            "Use e.g. include=(nn.Conv2d, nn.Linear)."
+        )
     if others := [kind.__name__ for kind in include if not issubclass(kind, CONVOLUTIONS_AND_LINEARS)]:
         raise ConfigError(
             f"include names {', '.join(others)}; weight_normalize() takes convolutions and linears, and their "
             "subclasses.\nUse e.g. include=(nn.Conv2d, nn.Linear).",
         )
-    layers = {name or "(the model)": module for name, module in model.named_modules() if isinstance(module, include)}
+    kinds = tuple(include)
+    layers = {name or "(the model)": module for name, module in model.named_modules() if isinstance(module, kinds)}
     if not layers:
         names = ", ".join(kind.__name__ for kind in include)
         raise ConfigError(
