@@ -71,12 +71,17 @@ def write(path: Path, found: Sequence[Measurement], cuda: Sequence[dict[str, Any
     """Write everything as JSON."""
     content = {
         "environment": environment(ranks),
-        "rows": [asdict(m) for m in found],
+        "rows": as_rows(found),
         "geometric_means": geometric_means(found),
         "targets": [asdict(t) for t in targets(found)],
         "cuda": list(cuda),
     }
     write_json(path, content)
+
+
+def as_rows(found: Sequence[Measurement]) -> list[dict[str, Any]]:
+    """Lay measurements out for JSON."""
+    return [asdict(m) for m in found]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -73,11 +73,16 @@ def _run_everywhere(
     return on_ranks.found or [], on_cuda.found or [], failures
 
 
-def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: int, warmup: int) -> None:
+def pin(rank: int) -> None:
+    """Give a rank one thread and one core: a rank that wanders between cores is timed with cold caches."""
     torch.set_num_threads(1)
-    if hasattr(os, "sched_setaffinity"):  # a rank that wanders between cores is timed with cold caches
+    if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[rank % len(cores)]})
+
+
+def _run_rank(rank: int, world: int, folder: Path, pattern: str, repetitions: int, warmup: int) -> None:
+    pin(rank)
     collectives.start_ranks(rank=rank, world_size=world, store_path=str(folder / "store"), timeout_s=GROUP_TIMEOUT_S)
     rows, found = _chosen(pattern), []
     for number, row in enumerate(rows, 1):

@@ -7,6 +7,7 @@ repetition, each starting a different one, and ratios are formed within a repeti
 import gc
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +55,25 @@ class Measurement:
 
 
 def measure(row: Row, repetitions: int, warmup: int) -> Measurement:
-    """Time all variants of a row.
-
-    Collective: every rank calls this with the same arguments; 1 gather a sample, and those of the variants.
-    """
+    """Time all variants of a row; see `measure_steps`."""
     torch.manual_seed(collectives.rank())
-    steps = {variant: row.build(variant) for variant in VARIANTS}
+    return measure_steps(row, {variant: row.build(variant) for variant in VARIANTS}, RATIOS, repetitions, warmup)
+
+
+def measure_steps(
+    row: Row, steps: Mapping[str, Step], ratios: Mapping[str, tuple[str, str]], repetitions: int, warmup: int
+) -> Measurement:
+    """Time some steps of a row in turn.
+
+    Args:
+        row: what they are steps of.
+        steps: by name.
+        ratios: by name, the names of two steps.
+        repetitions: samples of each.
+        warmup: steps before them.
+
+    Collective: every rank calls this with the same arguments; 1 gather per sample, and those of the steps.
+    """
     for _ in range(warmup):
         took_ms = {variant: _sample_ms(step, 1) for variant, step in steps.items()}
     fastest_ms = float(_slowest(torch.tensor([min(took_ms.values())])))
@@ -83,7 +97,7 @@ def measure(row: Row, repetitions: int, warmup: int) -> Measurement:
         repetitions=repetitions,
         steps_a_sample=count,
         ms={variant: Spread.of(values) for variant, values in ms.items()},
-        ratios={ratio: Spread.of(ms[above] / ms[below]) for ratio, (above, below) in RATIOS.items()},
+        ratios={ratio: Spread.of(ms[above] / ms[below]) for ratio, (above, below) in ratios.items()},
     )
 
 

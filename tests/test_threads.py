@@ -6,12 +6,12 @@ import re
 import pytest
 
 import distnorm
-from tests import ranks, threads, threads_conversion, threads_statistics, threads_training
+from tests import ranks, threads, threads_conversion, threads_graphs, threads_statistics, threads_training
 from tests.runs import ROOT
 
 pytestmark = pytest.mark.unit
 
-CASES = threads.cases_of(threads_conversion, threads_training, threads_statistics)
+CASES = threads.cases_of(threads_conversion, threads_graphs, threads_training, threads_statistics)
 
 
 @pytest.mark.parametrize("body", CASES, ids=lambda body: f"{body.__name__}-{'-'.join(CASES[body])}")
@@ -35,6 +35,7 @@ def test_every_link_is_a_thread_of_its_name():
 
 def test_the_pages_code_parses_and_calls_what_there_is():
     theirs = {"Trainer", "DistributedDataParallel", "checkpoint", "fully_shard", "fuse_modules_qat", "branch", "model"}
+    theirs |= {"vmap", "symbolic_trace"}
     for row in ROWS:
         nodes = ast.walk(ast.parse(re.fullmatch(r"`(.*)` \|", row[3])[1]))
         calls = [node.func for node in nodes if isinstance(node, ast.Call)]

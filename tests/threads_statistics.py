@@ -123,20 +123,21 @@ def spread(rank: int, step: int) -> torch.Tensor:
     "open-mmlab/mmpose#998",
 )
 def all_ranks_evaluate_with_the_statistics_of_all():
-    """Each rank validates with running statistics of its own; the checkpoint has rank 0's."""
-    model = convert(nn.Sequential(nn.BatchNorm1d(2)).double(), decide(64, 2)).model
-    kept = [nn.BatchNorm1d(2).double() for _ in (0, 1)]
+    """Each rank validates with running statistics of its own, or DDP leaves those of rank 0's data alone."""
+    wrapped = DistributedDataParallel(convert(nn.Sequential(nn.BatchNorm1d(2)).double(), decide(64, 2)).model)
+    torchs, kept = DistributedDataParallel(nn.BatchNorm1d(2).double()), [nn.BatchNorm1d(2).double() for _ in (0, 1)]
     for step in range(60):
-        model(spread(collectives.rank(), step))
+        for run in (wrapped, torchs):
+            run(spread(collectives.rank(), step)).sum().backward()
         [kept[rank](spread(rank, step)) for rank in (0, 1)]
     means, variances = (np.stack([getattr(norm, name) for norm in kept]) for name in ("running_mean", "running_var"))
     mean, var = reference.pooled(means, variances)
-    own_mean = model[0].running_mean.clone()
-    with evaluation_statistics(model):
-        equal(model[0].running_mean, torch.from_numpy(mean))
-        equal(model[0].running_var, torch.from_numpy(var))
-        assert (model[0].running_var - 5).abs().max() < 0.5
-    assert torch.equal(model[0].running_mean, own_mean)
+    with evaluation_statistics(torchs.module):
+        torch_still(bool((torchs.module.running_var - 5).abs().max() > 2), "DDP leaves rank 0's statistics alone")
+    with evaluation_statistics(wrapped.module):
+        equal(wrapped.module[0].running_mean, torch.from_numpy(mean))
+        equal(wrapped.module[0].running_var, torch.from_numpy(var))
+        assert (wrapped.module[0].running_var - 5).abs().max() < 0.5
 
 
 @settles("facebookresearch/fvcore#152", "facebookresearch/detectron2#5398", "facebookresearch/detectron2#5409")
