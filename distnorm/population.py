@@ -141,7 +141,7 @@ def check_statistics(model: nn.Module, statistics: Mapping[str, Tensor]) -> None
     if wrong:
         more = f", and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         remedy = "Use those of calibrate() on the same model, with the same name for every layer."
-        if all(str(key).removeprefix("module.") in buffers for key in statistics):
+        if all(key not in buffers and str(key).removeprefix("module.") in buffers for key in statistics):
             remedy = (
                 "They are of a wrapper round it, e.g. an AveragedModel: calibrate(wrapper.module, …), or give both it."
             )

@@ -112,6 +112,7 @@ def test_tracing_leaves_no_trace():
     before = picture(model)
     conversion = convert(model, NormSpec("batch", 8))
     assert conversion.redundant_biases == ("conv.bias",)
+    conversion.revert()  # what was converted is named to DDP
     assert picture(model) == before
 
 

@@ -7,8 +7,12 @@ from torch import Tensor
 def snapshot(*values: Tensor) -> tuple[Tensor, ...]:
     """Copy tensors of one shape; in a compiled graph opaquely, or its backward would read the originals again.
 
+    A trace by `torch.jit.trace`, which is evaluated, keeps the originals.
+
     Shape: any; results the same.
     """
+    if torch.jit.is_tracing():
+        return values
     if torch.compiler.is_compiling():
         copies: tuple[Tensor, ...] = torch.ops.distnorm.computed_once(torch.stack(values)).unbind()
         return copies
