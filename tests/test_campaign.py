@@ -19,6 +19,7 @@ def test_no_times_at_all_is_refused_at_once(capsys, times):
     assert f"{times!r} must be a whole number of at least 1, e.g. 10" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_training_ends_like_one_left_alone(campaign, kind):
     trial = campaign.interrupt(kind, at=45, rank=1)

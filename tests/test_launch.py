@@ -125,7 +125,7 @@ def test_a_rank_that_raises_ends_the_run_and_is_named_last(tmp_path):
     runs.wait_for(lambda: no_process_is_left(process), 10)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_killed_by_sigkill_ends_the_run_within_10_s_and_is_named_last(tmp_path, rank):
     process = runs.start("trainer=cpu_ddp", "norm=sync", "trainer.log_every_n_steps=1", folder=tmp_path)
     runs.wait_for(lambda: len(steps_of(tmp_path)) >= 5)

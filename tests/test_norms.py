@@ -116,6 +116,7 @@ def test_auto_decides_converts_and_trains(device_batch, world):
         assert all(0 < loss < 20 for loss in losses)
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_auto_through_train_py(tmp_path):
     """On four ranks; on two `tests/test_run.py` has the main job, of 16 a rank, and a sweep's, of 2."""

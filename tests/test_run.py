@@ -159,7 +159,7 @@ def test_other_hardware_trains_the_same(tmp_path):
 
 
 @pytest.mark.run
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_goes_on_in_a_new_folder_as_if_never_stopped(tmp_path, world):
     """The runs to compare with train in the pool; the one that goes on is train.py's, in processes of its own."""
     common = [f"trainer.devices={world}", "trainer.max_steps=-1", "task.schedule=constant", "task.warmup_fraction=0"]

@@ -209,6 +209,7 @@ def test_a_search_starts_its_own_ranks_and_is_not_swept(monkeypatch):
     assert "python train.py search=…" in text
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_killed_search_goes_on_from_the_checkpoint_of_the_trial_that_was_cut_short(tmp_path):
     command = ["search=random", "search.trials=2", "search.name=it", "search.tiers=[[optimizer.lr]]", "trainer=cpu"]

@@ -99,6 +99,7 @@ def test_a_search_is_one_task_that_code_76_requeues(slurm, stub):
     assert slurm.output(job).count("rank 0 at") == 2
 
 
+@pytest.mark.slow
 def test_a_task_of_an_array_conducts_a_search(slurm, tmp_path):
     typed = ["search=random", "search.trials=2", "search.name=lr", "search.tiers=[[optimizer.lr]]"]
     short = ["trainer.max_steps=-1", "trainer.max_epochs=1", "model.widths=[8,8,8]"]
@@ -160,6 +161,7 @@ def test_a_requeued_job_goes_on_in_its_folder_from_its_checkpoint(slurm, tmp_pat
     assert json.loads(run.result.read_text())["resumed_from"] == f"{run.checkpoints}/last.ckpt"
 
 
+@pytest.mark.slow
 def test_a_requeued_task_of_a_sweep_goes_on_with_all_its_ranks(slurm, tmp_path):
     lasting = ["trainer.max_steps=-1", "trainer.max_epochs=6", "data.device_batch=120", "norm=sync,batch"]
     options = [*ON_TWO, "--array=0"]
@@ -177,6 +179,7 @@ def test_a_requeued_task_of_a_sweep_goes_on_with_all_its_ranks(slurm, tmp_path):
     assert [(row["norm"], row["state"]) for row in rows] == [("sync", "done"), ("batch", "waiting")]
 
 
+@pytest.mark.slow
 def test_submit_starts_a_sweep_as_an_array_and_says_where_it_is(slurm, monkeypatch, tmp_path):
     for key, value in slurm.environ.items():
         monkeypatch.setenv(key, value)

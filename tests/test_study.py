@@ -293,6 +293,7 @@ STUDY = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.run
 def test_a_study_by_train_py_leaves_all_its_numbers_and_names_the_run_that_failed(tmp_path):
     changes = [*SMALL, "data.device_batch=8", "trainer.log_every_n_steps=1", "norm.evaluation=running"]

@@ -116,6 +116,7 @@ wait
 """
 
 
+@pytest.mark.slow
 def test_slurm_leaves_what_these_checks_read(slurm, tmp_path):
     options = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=4"]
     job = slurm.submit(LAUNCHED, tmp_path, options=options)
