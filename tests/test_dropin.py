@@ -122,6 +122,21 @@ def test_process_groups_of_the_user_pool_and_the_others_stay_alone(subsets):
                 torch.testing.assert_close(value, truth[key], rtol=1e-10, atol=1e-10)
 
 
+def the_users_group_and_ours_of_the_same_ranks():
+    """Body: a layer with the user's group of two ranks, one of our own with the same two, then blocks of two."""
+    rank, group = collectives.rank(), dist.new_group([0, 3])
+    layers = [SyncBatchNorm(3, process_group=group), SyncBatchNorm(3, group_ranks=(0, 3)), SyncBatchNorm(3, sync_ranks=2)]
+    x = torch.full((2, 3), float(rank)).requires_grad_()
+    sum(layer(x) for layer in layers).sum().backward()
+    dist.barrier(dist.new_group())  # torch names groups by their number: all ranks must have made as many
+    return [round(10 * float(layer.running_mean[0]), 5) for layer in layers]
+
+
+def test_a_group_of_the_user_and_one_by_number_of_the_same_ranks_go_together():
+    found = ranks.run(the_users_group_and_ours_of_the_same_ranks, world=4)
+    assert found == [[1.5, 1.5, 0.5], [1, 1, 0.5], [2, 2, 2.5], [1.5, 1.5, 2.5]]
+
+
 def convert_and_train(x):
     """Body: an optimizer and a hook from before the conversion still work on the layer, in place."""
     rank = collectives.rank()

@@ -1,6 +1,8 @@
 """Which ranks pool together, and the process groups that carry it.
 
-Every group is made by all ranks of the world, members or not, in the same order; a new world forgets the old one's.
+The groups of blocks are made by all ranks of the world, members or not, in the same order. Those of a subset are made by
+its members alone: other ranks do not know whether the members have a group of the user's for it. A new world forgets
+the old one's.
 torch holds the groups until `destroy_process_group`. They are held weakly here, so that they end with that call: a
 gloo group has threads, and one that outlives the interpreter's last instruction may abort the process.
 """
@@ -21,6 +23,7 @@ Ranks = tuple[int, ...]
 _Held = Callable[[], Any]
 """A group that torch holds; gives `None` once that has been destroyed."""
 _groups: dict[Ranks, _Held] = {}
+_of_members: dict[Ranks, _Held] = {}  # made by their members alone
 _groups_of: _Held = lambda: None  # noqa: E731
 _members: dict[tuple[int | None, Ranks | None], Ranks] = {}
 _control: _Held = lambda: None  # noqa: E731 — the gloo side group of all ranks
@@ -39,8 +42,8 @@ def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) 
     Returns:
         Rank numbers in ascending order, this rank's among them.
 
-    Collective: the first call for a partition must be reached by *every* rank of the world, members or not: nccl can
-        split a communicator only so. Later calls: none.
+    Collective: the first call for blocks must be reached by *every* rank of the world, members or not: nccl can split a
+        communicator only so. The first call for a subset by all its members. Later calls: none.
 
     Raises:
         ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order.
@@ -66,9 +69,12 @@ def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -
                 f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
                 f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
             )
-        if group_ranks not in _adopted and group_ranks != (me,):  # a user's group is known on its members alone
-            _make_groups((group_ranks,))
-        return group_ranks if me in group_ranks else (me,)
+        if me not in group_ranks:
+            return (me,)
+        if 1 < len(group_ranks) < world and group_ranks not in _adopted and group_ranks not in _of_members:
+            made = dist.new_group(list(group_ranks), timeout=timeout(), use_local_synchronization=True)
+            _of_members[group_ranks] = _held(made)
+        return group_ranks
     size = world if sync_ranks is None else sync_ranks
     if world % size:
         raise ConfigError(
@@ -144,7 +150,9 @@ def group_of(ranks: Ranks) -> Any:
     """
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    return _adopted[ranks] if ranks in _adopted else _living(_groups[ranks], ranks)
+    if ranks in _adopted:
+        return _adopted[ranks]
+    return _living(_of_members[ranks] if ranks in _of_members else _groups[ranks], ranks)
 
 
 def twin_of(ranks: Ranks) -> Any:
@@ -182,6 +190,7 @@ def _forget_other_worlds() -> None:
     global _groups_of, _control  # noqa: PLW0603
     if _groups_of() is not dist.group.WORLD:
         _groups.clear()
+        _of_members.clear()
         _adopted.clear()
         _twins.clear()
         _members.clear()
