@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm import collectives, positions
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError, ranks_in_words
-from distnorm.norms.base import AbstractBatchStatisticsNorm, name_layer
+from distnorm.norms.base import AbstractBatchStatisticsNorm, name_layer, set_order
 from distnorm.norms.over_ranks import AbstractNormOverRanks
 
 WHAT = "the check that all ranks have the same layers"
@@ -97,9 +97,10 @@ def prepare(model: nn.Module, folder: Path | None, started: float, *, debug: boo
     Collective: makes one group for each that the layers pool over, two with `debug`.
     """
     collectives.set_debug(debug)
-    for layer in model.modules():
+    for name, layer in model.named_modules():
         if isinstance(layer, AbstractNormOverRanks):
-            collectives.members(layer.sync_ranks, layer.group_ranks)
+            set_order(layer, collectives.order_of_checked(f"{started} {name}"))
+            collectives.members(layer.sync_ranks, layer.group_ranks, of_user=layer.has_users_group)
     if debug:  # a group that the user made is known on its members alone
         named = [
             layer.group_ranks
@@ -121,7 +122,7 @@ def name_layers(model: nn.Module, *, anew: bool = False) -> None:
     """Give each distnorm layer without a name, or all of them `anew`, its place in the model: errors carry it."""
     for name, layer in _inner(model).named_modules():
         if isinstance(layer, AbstractBatchStatisticsNorm) and (anew or not layer.layer_name):
-            name_layer(layer, name, is_unique=True)
+            name_layer(layer, name)
 
 
 def layer_table(model: nn.Module, *, modes: bool) -> Table:

@@ -125,7 +125,11 @@ def test_process_groups_of_the_user_pool_and_the_others_stay_alone(subsets):
 def the_users_group_and_ours_of_the_same_ranks():
     """Body: a layer with the user's group of two ranks, one of our own with the same two, then blocks of two."""
     rank, group = collectives.rank(), dist.new_group([0, 3])
-    layers = [SyncBatchNorm(3, process_group=group), SyncBatchNorm(3, group_ranks=(0, 3)), SyncBatchNorm(3, sync_ranks=2)]
+    layers = [
+        SyncBatchNorm(3, process_group=group),
+        SyncBatchNorm(3, group_ranks=(0, 3)),
+        SyncBatchNorm(3, sync_ranks=2),
+    ]
     x = torch.full((2, 3), float(rank)).requires_grad_()
     sum(layer(x) for layer in layers).sum().backward()
     dist.barrier(dist.new_group())  # torch names groups by their number: all ranks must have made as many

@@ -14,7 +14,10 @@ INPUTS = {
     "integers": (lambda x: x.long(), "torch.int64; .*input.float()"),
     "booleans": (lambda x: x > 0, "torch.bool; .*input.float()"),
     "complex": (lambda x: x.to(torch.complex64), "torch.complex64; .*input.real, input.imag"),
-    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8), "torch.quint8; .*\n.*conversion.revert()"),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+        "torch.quint8; .*\n.*conversion.revert()",
+    ),
     "sparse": (lambda x: x.to_sparse(), "torch.sparse_coo; .*input.to_dense()"),
     "compressed": (lambda x: x[..., 0].to_sparse_csr(), "torch.sparse_csr; .*input.to_dense()"),
     "nested": (lambda x: torch.nested.nested_tensor(list(x)), "nested tensor; .*\n.*to_padded_tensor"),

@@ -18,8 +18,9 @@ from distnorm.collectives.groups import adopt as adopt
 from distnorm.collectives.groups import make_twins as make_twins
 from distnorm.collectives.groups import members as members
 from distnorm.collectives.groups import set_debug as set_debug
-from distnorm.collectives.marks import ONLY_ONE as ONLY_ONE
 from distnorm.collectives.marks import count_layer as count_layer
+from distnorm.collectives.marks import forget_layer as forget_layer
+from distnorm.collectives.marks import order_of_checked as order_of_checked
 from distnorm.collectives.marks import place_of as place_of
 from distnorm.collectives.meeting import Meeting as Meeting
 from distnorm.collectives.meeting import come_together as come_together

@@ -56,7 +56,7 @@ def gather(values: Tensor, ranks: tuple[int, ...], what: str) -> Tensor:
 
 def _compare(came: Tensor, marks_of: marks.Gathered | marks.Summed) -> None:
     """Raise on all ranks of a group where their marks differ; on an accelerator at a later exchange."""
-    if came.device.type != "cpu":
+    if came.is_cuda:
         late.look(came, marks_of)
     elif not marks_of.alike(came.tolist()):
         _raise_parted(marks_of, came.tolist())
@@ -231,7 +231,7 @@ def _check_same_place(values: Tensor, ranks: tuple[int, ...], what: str) -> None
     twin = twin_of(ranks)
     if twin is None:
         return
-    header = whereabouts.Header(what, values.numel(), str(values.dtype), positions.step_now())
+    header = whereabouts.Header(str(what), values.numel(), str(values.dtype), positions.step_now())
     try:
         headers = _hear_all(header, ranks, twin)
     except RuntimeError as error:

@@ -1,8 +1,6 @@
 """Which ranks pool together, and the process groups that carry it.
 
-The groups of blocks are made by all ranks of the world, members or not, in the same order. Those of a subset are made by
-its members alone: other ranks do not know whether the members have a group of the user's for it. A new world forgets
-the old one's.
+Every group is made by all ranks of the world, members or not, in the same order; a new world forgets the old one's.
 torch holds the groups until `destroy_process_group`. They are held weakly here, so that they end with that call: a
 gloo group has threads, and one that outlives the interpreter's last instruction may abort the process.
 """
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from distnorm.collectives.late import forget_marks
 from distnorm.collectives.marks import forget_places
 from distnorm.collectives.world import is_running, rank, timeout, world_size
 from distnorm.errors import ConfigError, GroupError, divisors_in_words
@@ -23,42 +22,45 @@ Ranks = tuple[int, ...]
 _Held = Callable[[], Any]
 """A group that torch holds; gives `None` once that has been destroyed."""
 _groups: dict[Ranks, _Held] = {}
-_of_members: dict[Ranks, _Held] = {}  # made by their members alone
 _groups_of: _Held = lambda: None  # noqa: E731
-_members: dict[tuple[int | None, Ranks | None], Ranks] = {}
+_members: dict[tuple[int | None, Ranks | None, bool], Ranks] = {}
 _control: _Held = lambda: None  # noqa: E731 — the gloo side group of all ranks
 _adopted: dict[Ranks, Any] = {}  # made by the user; kept apart, for other ranks know nothing of them
 _twins: dict[Ranks, _Held] = {}  # of each group, a gloo group of the same ranks for headers
 _debug = False
 
 
-def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None) -> tuple[int, ...]:
+def members(
+    sync_ranks: int | None, group_ranks: tuple[int, ...] | None = None, *, of_user: bool = False
+) -> tuple[int, ...]:
     """Name the ranks that pool with this one, and make their process group where there is none yet.
 
     Args:
         sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
         group_ranks: an arbitrary subset instead; a rank outside it stays alone.
+        of_user: `group_ranks` came from `adopt`: other ranks know nothing of that group, and none is made.
 
     Returns:
         Rank numbers in ascending order, this rank's among them.
 
-    Collective: the first call for blocks must be reached by *every* rank of the world, members or not: nccl can split a
-        communicator only so. The first call for a subset by all its members. Later calls: none.
+    Collective: the first call for a partition must be reached by *every* rank of the world, members or not: nccl can
+        split a communicator only so. Later calls: none.
 
     Raises:
-        ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order.
+        ConfigError: `sync_ranks` does not divide the world size, or `group_ranks` are not ranks in ascending order; or
+            the user's group belongs to another world than this one.
     """
     if not is_running():
         _check_sync_ranks(sync_ranks)
         return (0,)
     _forget_other_worlds()
-    asked = (sync_ranks, group_ranks)
+    asked = (sync_ranks, group_ranks, of_user)
     if asked not in _members:
-        _members[asked] = _find_members(sync_ranks, group_ranks)
+        _members[asked] = _find_members(sync_ranks, group_ranks, of_user)
     return _members[asked]
 
 
-def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -> tuple[int, ...]:
+def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None, of_user: bool) -> tuple[int, ...]:
     me, world = rank(), world_size()
     _check_sync_ranks(sync_ranks)
     if world == 1:
@@ -69,12 +71,14 @@ def _find_members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -
                 f"group_ranks={group_ranks} must be different ranks below world_size={world}, in ascending order.\n"
                 f"Use e.g. group_ranks={tuple(range(world))[:2]}.",
             )
-        if me not in group_ranks:
-            return (me,)
-        if 1 < len(group_ranks) < world and group_ranks not in _adopted and group_ranks not in _of_members:
-            made = dist.new_group(list(group_ranks), timeout=timeout(), use_local_synchronization=True)
-            _of_members[group_ranks] = _held(made)
-        return group_ranks
+        if not of_user:  # also where the user has made one of the same ranks: the ranks outside it do not know that
+            _make_groups((group_ranks,))
+        elif group_ranks not in _adopted and 1 < len(group_ranks) < world:
+            raise ConfigError(
+                f"A layer was made with a process group of ranks {group_ranks}, which is not of this process's world.\n"
+                "Give it the group of this one: SyncBatchNorm.convert_sync_batchnorm(model, process_group)."
+            )
+        return group_ranks if me in group_ranks else (me,)
     size = world if sync_ranks is None else sync_ranks
     if world % size:
         raise ConfigError(
@@ -150,9 +154,7 @@ def group_of(ranks: Ranks) -> Any:
     """
     if len(ranks) == dist.get_world_size():
         return dist.group.WORLD
-    if ranks in _adopted:
-        return _adopted[ranks]
-    return _living(_of_members[ranks] if ranks in _of_members else _groups[ranks], ranks)
+    return _adopted[ranks] if ranks in _adopted else _living(_groups[ranks], ranks)
 
 
 def twin_of(ranks: Ranks) -> Any:
@@ -190,11 +192,11 @@ def _forget_other_worlds() -> None:
     global _groups_of, _control  # noqa: PLW0603
     if _groups_of() is not dist.group.WORLD:
         _groups.clear()
-        _of_members.clear()
         _adopted.clear()
         _twins.clear()
         _members.clear()
         forget_places()
+        forget_marks()
         _control = lambda: None  # noqa: E731
         _groups_of = _held(dist.group.WORLD)
 

@@ -4,9 +4,10 @@ Ranks that reach two *different* layers of one width at the same time exchange n
 backend notices: the moments of one would be pooled with those of the other. The mark says which layer, and which of its
 calls. Every rank sees all marks, or their sums; where they differ, all ranks of the group raise.
 
-A layer is known by its name. Layers of one name (those without any; two models with the same layers) are also told
-apart by their order of construction among those built since an exchange, counted from the first and from the last one:
-ranks that have built other models before, or after, still agree in one of the two.
+A layer is known by its name. Layers of one name (those without any; two models with the same layers; copies) are also
+told apart by when they were made: after how many exchanges of all ranks, which every rank counts alike, and as which of
+those made then, counted from the first and from the last one. So ranks that have made other models before, or after,
+still agree in one of the two.
 """
 
 import zlib
@@ -18,30 +19,28 @@ import torch
 from torch import Tensor
 
 from distnorm import whereabouts
+from distnorm.collectives.world import world_size
 from distnorm.errors import ranks_in_words
 
-ONLY_ONE = -1
-"""The order of a layer whose name no other layer of the process has."""
+_NAME_BITS, _AGE_BITS, _ORDER_BITS, _CALL_BITS = 14, 10, 9, 10  # with an order from either end: 52 bits of a float64
+_INDEX_BITS = 20  # of an order; above them is its age
+_SUMMED_BITS, _EXACT_BITS = 20, {torch.float64: 53, torch.float32: 24}
 
-_NAME_BITS, _ORDER_BITS, _CALL_BITS = 16, 11, 14  # with an order from either end: 52 bits, exact in a float64
-_SUMMED_BITS = {torch.float64: 20, torch.float32: 10}
-_EXACT_UP_TO = {torch.float64: 2**13, torch.float32: 2**4}  # ranks over which squares of such numbers add up exactly
-_INEXACT = 1e-5  # of a sum of squares over more ranks
-
-_INDEX_BITS = 20  # of an order; above them is its generation: how often layers were built after an exchange
-
-_built: Counter[tuple[int, str]] = Counter()  # by generation and name
-_generation, _has_exchanged = 0, False
-_places: dict[tuple[str, int, str], "Place"] = {}
+_made: Counter[tuple[int, str]] = Counter()  # layers, by age and name
+_exchanges = 0  # of all ranks, in this world
+_places: dict[tuple[str, int], dict[str, "Place"]] = {}
 
 
 def count_layer(name: str) -> int:
-    """Count one more layer that goes by a name, and return its order of construction; `place_of` reads it."""
-    global _generation, _has_exchanged
-    if _has_exchanged:
-        _generation, _has_exchanged = _generation + 1, False
-    _built[_generation, name] += 1
-    return _generation << _INDEX_BITS | _built[_generation, name] - 1
+    """Count one more layer that goes by a name, and return its order: how old it is, and which of those of its age."""
+    age = zlib.crc32(str(_exchanges).encode()) >> (32 - _AGE_BITS)
+    _made[age, name] += 1
+    return age << _INDEX_BITS | _made[age, name] - 1
+
+
+def order_of_checked(place: str) -> int:
+    """Return the order of a layer that all ranks have compared, by a text that says where and when, alike on them."""
+    return -1 - (zlib.crc32(place.encode()) >> (32 - _AGE_BITS))
 
 
 def place_of(layer: str, order: int, kind: str) -> "Place":
@@ -49,21 +48,28 @@ def place_of(layer: str, order: int, kind: str) -> "Place":
 
     Args:
         layer: the layer's name in messages.
-        order: what `count_layer` returned for it, or `ONLY_ONE`.
+        order: from `count_layer` or `order_of_checked`.
         kind: `forward` or `backward`.
     """
-    key = layer, order, kind
-    place = _places.get(key)
+    kinds = _places.setdefault((layer, order), {})
+    place = kinds.get(kind)
     if place is None:
-        place = _places[key] = Place(f"{layer} {kind}")
+        place = kinds[kind] = Place(f"{layer} {kind}")
         place.layer, place.order, place.calls, place.summed = layer, order, {}, {}
         place.bits = zlib.crc32(place.encode()) >> (32 - _NAME_BITS)
     return place
 
 
+def forget_layer(layer: str, order: int) -> None:
+    """Forget the places of a layer that is gone."""
+    _places.pop((layer, order), None)
+
+
 def forget_places() -> None:
-    """Count the calls of all layers from the beginning: for a new world, whose ranks may have different pasts."""
+    """Count all calls from the beginning: for a new world, whose ranks may have different pasts."""
+    global _exchanges  # noqa: PLW0603
     _places.clear()
+    _exchanges = 0
 
 
 class Place(str):
@@ -76,19 +82,20 @@ class Place(str):
     summed: dict[tuple[tuple[int, ...], int, torch.dtype, torch.device], "Summed"]
 
     def next_mark(self, ranks: tuple[int, ...]) -> float:
-        """Count a call of these ranks, and pack name, both orders and call into one float64."""
-        global _has_exchanged  # noqa: PLW0603
-        _has_exchanged = True
+        """Count a call of these ranks, and pack name, age, both orders and call into one float64."""
+        _count_exchange(ranks)
         call = self.calls[ranks] = self.calls.get(ranks, 0) + 1
-        orders = (self.bits << _ORDER_BITS | self._from_first()) << _ORDER_BITS | self._from_last()
-        return float(orders << _CALL_BITS | call & (1 << _CALL_BITS) - 1)
+        bits = (self.bits << _AGE_BITS | self._age()) << _ORDER_BITS | self._from_first()
+        bits = (bits << _ORDER_BITS | self._from_last()) << _CALL_BITS | call & (1 << _CALL_BITS) - 1
+        return float(bits)
 
     def marked_sum(self, ranks: tuple[int, ...], like: Tensor) -> "Summed":
         """Give the mark of this layer's sums over these ranks, of the values' dtype and on their device."""
+        _count_exchange(ranks)
         key = ranks, self._from_last(), like.dtype, like.device
         summed = self.summed.get(key)
         if summed is None:
-            own = [self._number(order, _SUMMED_BITS[like.dtype]) for order in (self._from_first(), key[1])]
+            own = [self._number(order, _summed_bits(like.dtype, len(ranks))) for order in (self._from_first(), key[1])]
             summed = self.summed[key] = Summed(ranks, self, own, like)
         return summed
 
@@ -96,21 +103,37 @@ class Place(str):
         """Say which layer and call this is, for the other ranks to read."""
         return whereabouts.Whose(str(self), self._from_first() + 1, self.calls.get(ranks, 0))
 
+    def _age(self) -> int:
+        return -1 - self.order if self.order < 0 else self.order >> _INDEX_BITS
+
     def _from_first(self) -> int:
-        return 0 if self.order == ONLY_ONE else self.order & (1 << _ORDER_BITS) - 1
+        return 0 if self.order < 0 else self.order & (1 << _ORDER_BITS) - 1
 
     def _from_last(self) -> int:
-        if self.order == ONLY_ONE:
+        if self.order < 0:
             return 0
-        generation, index = divmod(self.order, 1 << _INDEX_BITS)
-        return (_built[generation, self.layer] - index - 1) & (1 << _ORDER_BITS) - 1
+        age, index = divmod(self.order, 1 << _INDEX_BITS)
+        return (_made[age, self.layer] - index - 1) & (1 << _ORDER_BITS) - 1
 
     def _number(self, order: int, bits: int) -> int:
-        return 1 + zlib.crc32(f"{self}/{order}".encode()) % ((1 << bits) - 1)
+        return 1 + zlib.crc32(f"{self}/{self._age()}/{order}".encode()) % ((1 << bits) - 1)
+
+
+def _count_exchange(ranks: tuple[int, ...]) -> None:
+    """Count what all ranks exchange, and only that: other groups' exchanges are not every rank's."""
+    global _exchanges  # noqa: PLW0603
+    if len(ranks) == world_size():
+        _exchanges += 1
+
+
+def _summed_bits(dtype: torch.dtype, ranks: int) -> int:
+    """Choose as many bits for a number as let its squares add up exactly over the ranks."""
+    return min(_SUMMED_BITS, (_EXACT_BITS[dtype] - (ranks - 1).bit_length()) // 2)
 
 
 class _Mark(NamedTuple):
     name: int
+    age: int
     from_first: int
     from_last: int
     call: int
@@ -119,8 +142,8 @@ class _Mark(NamedTuple):
     def unpack(cls, packed: float) -> "_Mark":
         bits, call = divmod(int(packed), 1 << _CALL_BITS)
         bits, from_last = divmod(bits, 1 << _ORDER_BITS)
-        name, from_first = divmod(bits, 1 << _ORDER_BITS)
-        return cls(name, from_first, from_last, call)
+        bits, from_first = divmod(bits, 1 << _ORDER_BITS)
+        return cls(*divmod(bits, 1 << _AGE_BITS), from_first, from_last, call)
 
 
 class Gathered:
@@ -135,11 +158,11 @@ class Gathered:
             return True
         marks = [_Mark.unpack(number) for number in packed]
         same = [len(set(values)) == 1 for values in zip(*marks, strict=True)]
-        return same[0] and (same[1] or same[2]) and same[3]
+        return same[0] and same[1] and (same[2] or same[3]) and same[4]
 
     def describe(self, packed: Sequence[float]) -> str:
         """Say which ranks were at which layer, as far as this rank knows the others' layers by their marks."""
-        known = {place.bits: str(place) for place in _places.values()}
+        known = {place.bits: str(place) for kinds in _places.values() for place in kinds.values()}
         marks = [_Mark.unpack(number) for number in packed]
         whose = [whereabouts.Whose(known.get(m.name, "another layer"), m.from_first + 1, m.call) for m in marks]
         return whereabouts.parted(dict(zip(self.ranks, whose, strict=True)))
@@ -164,14 +187,10 @@ class Summed:
         with torch.inference_mode(False):
             self.tensor = like.new_tensor(numbers)
         self._expected = [float(len(ranks) * number) for number in numbers]
-        self._tolerance = 0.0 if len(ranks) <= _EXACT_UP_TO[like.dtype] else _INEXACT
 
-    def alike(self, total: Sequence[float]) -> bool:
+    def alike(self, total: list[float]) -> bool:
         """Tell whether all ranks' marks were this rank's."""
-        if total == self._expected:
-            return True
-        fits = [abs(t - e) <= self._tolerance * e for t, e in zip(total, self._expected, strict=True)]
-        return (fits[0] and fits[1]) or (fits[2] and fits[3])
+        return total[:2] == self._expected[:2] or total[2:] == self._expected[2:]
 
     def describe(self, total: Sequence[float]) -> str:
         """Say what is known without asking the others: that not all of them were at this rank's layer."""

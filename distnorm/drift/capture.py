@@ -82,7 +82,7 @@ class WatchedNorm:
             return collectives.world_size()
         if not isinstance(layer, AbstractNormOverRanks):
             return 1
-        return len(collectives.members(layer.sync_ranks, layer.group_ranks))
+        return len(collectives.members(layer.sync_ranks, layer.group_ranks, of_user=layer.has_users_group))
 
     def blocks(self, num_ranks: int) -> tuple[tuple[int, ...], ...]:
         """Part the ranks into those that share statistics; rank 0 is in the first. Norms of samples have one part."""

@@ -3,6 +3,7 @@
 Legend: N samples, C channels, * positions.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -21,16 +22,21 @@ OF_ONE_STEP = ("_rank_rows", "_passes")
 """Attributes that no copy keeps, and no layer of another class."""
 
 
-def name_layer(layer: Any, name: str, *, is_unique: bool = False) -> None:
+def name_layer(layer: Any, name: str) -> None:
     """Give a layer the name that errors carry, and by which other ranks know whose numbers it brings.
 
     Args:
         layer: one of distnorm's.
         name: its place in the model; empty where nobody knows it.
-        is_unique: no other layer of this process has the name, on any rank.
     """
     layer.layer_name = name
-    layer.layer_order = collectives.ONLY_ONE if is_unique else collectives.count_layer(name_in_words(layer))
+    set_order(layer, collectives.count_layer(name_in_words(layer)))
+
+
+def set_order(layer: Any, order: int) -> None:
+    """Give a layer its order among those of its name; what is kept of its exchanges goes with it."""
+    layer.layer_order = order
+    weakref.finalize(layer, collectives.forget_layer, name_in_words(layer), order).atexit = False
 
 
 def reset_batch_norm(layer: nn.Module) -> None:

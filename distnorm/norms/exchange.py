@@ -14,12 +14,12 @@ from torch import Tensor
 from distnorm import collectives
 
 
-def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None) -> tuple[int, ...]:
+def members(sync_ranks: int | None, group_ranks: tuple[int, ...] | None, of_user: bool = False) -> tuple[int, ...]:
     """Name the ranks that pool with this one; see `collectives.members`.
 
     A compiled graph takes the answer for a constant: it is asked when the graph is made.
     """
-    return collectives.members(sync_ranks, group_ranks)
+    return collectives.members(sync_ranks, group_ranks, of_user=of_user)
 
 
 # What torch.compiler.assume_constant_result would set, if it did not load the whole compiler to do so.

@@ -25,10 +25,12 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
     Attributes:
         sync_ranks: ranks that pool together, in blocks of consecutive ranks; `None` means all.
         group_ranks: an arbitrary subset of ranks instead of blocks; the ranks outside it normalize alone.
+        has_users_group: `group_ranks` are those of a process group that the user made.
     """
 
     sync_ranks: int | None = None
     group_ranks: tuple[int, ...] | None = None
+    has_users_group: bool = False
     _rank_rows: Tensor | None = None
 
     def _choose_ranks(
@@ -44,8 +46,13 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
             )
         self.sync_ranks, self.group_ranks = sync_ranks, group_ranks
         if process_group is not None:
-            self.group_ranks = collectives.adopt(process_group)
+            self.group_ranks, self.has_users_group = collectives.adopt(process_group), True
         name_layer(self, "")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a pickled layer's or a copied one's state, and count it: it is another layer than that one."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        name_layer(self, self.layer_name)
 
     def whose(self) -> exchange.Whose:
         """Say whose numbers this layer exchanges: its name in messages, and its order among layers of that name."""
@@ -55,7 +62,7 @@ class AbstractNormOverRanks(AbstractBatchStatisticsNorm):
         """Name the ranks whose samples this rank's are normalized with; in eval mode that is this rank alone."""
         if not self.training:
             return (collectives.rank(),)
-        return exchange.members(self.sync_ranks, self.group_ranks)
+        return exchange.members(self.sync_ranks, self.group_ranks, self.has_users_group)
 
     @property
     def rank_moments(self) -> Tensor | None:

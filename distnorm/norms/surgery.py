@@ -211,7 +211,7 @@ def _is_frozen(norm: nn.Module) -> bool:
     return source is not None and source.frozen
 
 
-_OF_A_KIND = ("sync_ranks", "group_ranks", "ghost_batch", "r_max", "d_max", "warmup", "ramp")
+_OF_A_KIND = ("sync_ranks", "group_ranks", "has_users_group", "ghost_batch", "r_max", "d_max", "warmup", "ramp")
 
 
 def become(module: nn.Module, cls: type[nn.Module], **attributes: Any) -> None:

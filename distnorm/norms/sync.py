@@ -108,7 +108,7 @@ class SyncBatchNorm(AbstractNormOverRanks):
         group_ranks = None if process_group is None else collectives.adopt(process_group)
         for name, norm in find_norms(module).items():
             if group_ranks is not None or not isinstance(norm, SyncBatchNorm):
-                become(norm, cls, sync_ranks=None, group_ranks=group_ranks)
+                become(norm, cls, sync_ranks=None, group_ranks=group_ranks, has_users_group=group_ranks is not None)
                 name_layer(norm, "" if norm is module else name)
         return module
 

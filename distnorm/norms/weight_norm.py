@@ -169,7 +169,7 @@ def _values_by_channel(layer: nn.Module, y: Tensor) -> Tensor:
 
 def _measure(name: str, y_VC: Tensor) -> _Initial:
     """Measure a pre-activation over all ranks."""
-    place = collectives.place_of(name, collectives.ONLY_ONE, "initialization")
+    place = collectives.place_of(name, 0, "initialization")
     rows_RK = collectives.gather(Moments.of(y_VC).pack(), tuple(range(collectives.world_size())), place)
     moments = Moments.unpack(rows_RK).merged()
     count = int(moments.count)
