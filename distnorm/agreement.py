@@ -19,6 +19,7 @@ from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError, ranks_in_words
 from distnorm.norms.base import AbstractBatchStatisticsNorm, name_layer, set_order
 from distnorm.norms.over_ranks import AbstractNormOverRanks
+from distnorm.norms.surgery import check_module
 
 WHAT = "the check that all ranks have the same layers"
 Table = dict[str, dict[str, Any]]
@@ -51,6 +52,7 @@ def check_ranks(model: nn.Module, *, folder: str | Path | None = None, debug: bo
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
         >>> check_ranks(model)  # torchrun has started the ranks, init_process_group has run
     """
+    check_module(model, "check_ranks")
     name_layers(model, anew=True)
     started = compare(model, modes=True, debug=debug)
     prepare(model, None if folder is None else Path(folder), started, debug=debug)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from distnorm.convert import rebuild
 from distnorm.errors import ConfigError
+from distnorm.norms.surgery import check_module
 from distnorm.population import Statistics
 from distnorm.spec import BATCH_KINDS, NormSpec
 
@@ -129,6 +130,7 @@ def load(model: nn.Module, checkpoint: str | Path) -> nn.Module:
     Raises:
         ConfigError: there is no such checkpoint, it is not one of ours, or it is of another model.
     """
+    check_module(model, "load")
     path = find(checkpoint)
     stored = _read(path)
     weights: dict[str, Tensor] = {

@@ -19,6 +19,7 @@ from distnorm import collectives
 from distnorm.convert import normalization_layers
 from distnorm.errors import ConfigError
 from distnorm.norms.apart import note_load
+from distnorm.norms.surgery import check_module
 
 _log = logging.getLogger(__name__)
 _said = False
@@ -71,6 +72,7 @@ def pool_running_stats(model: nn.Module) -> Statistics:
 
     Collective: 1 gather of 2C + 1 float64 numbers a layer, all layers in one; every rank must call.
     """
+    check_module(model, "pool_running_stats")
     return pooled(gather_running_stats(model))
 
 
@@ -188,6 +190,7 @@ def evaluation_statistics(model: nn.Module, statistics: Statistics | None = None
         >>> model[0].running_mean
         tensor([0.])
     """
+    check_module(model, "evaluation_statistics")
     if statistics is None:
         statistics = pool_running_stats(model)
     else:

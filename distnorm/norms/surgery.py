@@ -115,6 +115,22 @@ def after_of(norm: nn.Module) -> tuple[str, ...]:
     return names
 
 
+def check_module(model: object, verb: str) -> None:
+    """Refuse what is not a module.
+
+    Args:
+        model: what the user gave.
+        verb: what the user called, e.g. `convert`.
+
+    Raises:
+        ConfigError: it is not one.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__!r}"
+        remedy = "Give it the model, an nn.Module" + (f": {model.__name__}(…)." if isinstance(model, type) else ".")
+        raise ConfigError(f"{verb}() got {kind}, that is no module. {remedy}")
+
+
 def check_model(model: object, verb: str) -> None:
     """Refuse what is no model, or one whose layers cannot be changed any more.
 
@@ -125,10 +141,8 @@ def check_model(model: object, verb: str) -> None:
     Raises:
         ConfigError: it is no module; or it is, or holds, a module wrapped in DDP or FSDP or compiled; or is scripted.
     """
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__!r}"
-        remedy = "Give it the model, an nn.Module" + (f": {model.__name__}(…)." if isinstance(model, type) else ".")
-        raise ConfigError(f"{verb}() got {kind}, that is no module. {remedy}")
+    check_module(model, verb)
+    assert isinstance(model, nn.Module)
     if isinstance(model, torch.jit.ScriptModule):
         raise ConfigError(
             f"{verb}() got a scripted model, whose layers are fixed. {verb.capitalize()} the module it was made from."
