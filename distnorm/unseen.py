@@ -102,11 +102,14 @@ def nothing_found(model: nn.Module, found: Mapping[str, str]) -> ConfigError:
     if found:
         name, does = next(iter(found.items()))
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        cls = type(names["" if name == "(the model)" else name]).__name__
+        module = names["" if name == "(the model)" else name]
+        cls = type(module).__name__
+        remedy = f"Name it, layers={{{name!r}: {{}}}}, or make its class known: distnorm.register_norm({cls})"
+        if eps_of(module) is None:
+            remedy = f"With nn.BatchNorm2d's values, and submodules afterwards: distnorm.register_norm({cls}, after=(…))"
         return ConfigError(
             f"convert() found no batch norm layer in {kind}, but {name!r}{more}: a {cls}, which {does}.\n"
-            f"Name it, layers={{{name!r}: {{}}}}, or make its class known: distnorm.register_norm({cls}); or build the "
-            "model with nn.BatchNorm1d/2d/3d."
+            f"{remedy}; or build the model with nn.BatchNorm1d/2d/3d."
         )
     others = Counter(type(module).__name__ for module in names.values() if _A_NORM.search(type(module).__name__))
     seen = ", ".join(f"{count} {cls}" for cls, count in others.most_common(4)) or "no other norm either"
