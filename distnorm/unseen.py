@@ -106,7 +106,7 @@ def nothing_found(model: nn.Module, found: Mapping[str, str]) -> ConfigError:
         cls = type(module).__name__
         remedy = f"Name it, layers={{{name!r}: {{}}}}, or make its class known: distnorm.register_norm({cls})"
         if eps_of(module) is None:
-            remedy = f"With nn.BatchNorm2d's values, and submodules afterwards: distnorm.register_norm({cls}, after=(…))"
+            remedy = f"With a batch norm's values, and submodules after it: distnorm.register_norm({cls}, after=(…))"
         return ConfigError(
             f"convert() found no batch norm layer in {kind}, but {name!r}{more}: a {cls}, which {does}.\n"
             f"{remedy}; or build the model with nn.BatchNorm1d/2d/3d."

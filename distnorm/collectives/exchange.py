@@ -117,8 +117,8 @@ class Pending:
                 raise_named(error, self._ranks, self._what)
             positions.leave(self._place)
         if self._mark is not None:
-            self._values, came = self._values.tensor_split([-marks.Summed.NUMBERS])
-            mark, self._mark = self._mark, None
+            mark, self._mark, came = self._mark, None, self._values[-marks.Summed.NUMBERS :]
+            self._values = self._values[: -marks.Summed.NUMBERS]
             _compare(came, mark)
         return self._values
 
