@@ -94,6 +94,26 @@ def elements_of(base: Any, key: Any = None, *, deep: bool = False) -> list[Any]:
     return []
 
 
+def parts_of(base: Any, place: int, count: int | None) -> list[Any]:
+    """Give what unpacking a container may bind to one of its targets.
+
+    Args:
+        base: what is no container stands for itself.
+        place: of the target.
+        count: how many targets there are; `None`: any number, one of them is starred.
+    """
+    if not isinstance(base, list | tuple | dict | nn.Module):
+        return [base]
+    return elements_of(base, place if isinstance(base, _IN_ORDER) and len(base) == count else None)
+
+
+def identity_of(value: Any) -> Any:
+    """Give a key that equal looks at the same objects share, though each look makes new tuples and methods."""
+    if isinstance(value, tuple):
+        return tuple(map(identity_of, value))
+    return (id(value.function), id(value.owner), id(value.cls)) if isinstance(value, Method) else id(value)
+
+
 def key_of(node: ast.expr) -> Any:
     """Give a key that code has: a constant, or a pattern for a name that it puts together; else `None`."""
     if isinstance(node, ast.JoinedStr):
@@ -114,6 +134,7 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values}.values())
 
 
+_IN_ORDER = (list, tuple, nn.Sequential, nn.ModuleList)
 _BINDING = (ast.Assign, ast.NamedExpr, ast.AnnAssign, ast.For, ast.AsyncFor, ast.comprehension)
 
 
