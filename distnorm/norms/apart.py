@@ -53,7 +53,7 @@ def watch(layer: nn.Module) -> None:
     """Keep the ranks' own statistics apart in the DDP whose forward runs; called in a layer's training forward.
 
     What was loaded into the layer is forgotten then, for the forward writes: torch's own batch norm moves its
-    statistics, and not their version counters. A compiled one moves both.
+    statistics, and not their version counters. What AOTAutograd compiled (inductor, too) moves both.
 
     A compiled graph takes the look for a constant, and guards on it: inside another DDP it is compiled once more.
 
