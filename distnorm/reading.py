@@ -32,6 +32,7 @@ from distnorm.lookup import (
     key_of,
     parts_of,
     unique,
+    ways_of,
 )
 
 FUNCTIONS: dict[Any, str] = {
@@ -189,9 +190,7 @@ class _Frame:
             case ast.BoolOp():
                 found = [v for value in node.values for v in self.of(value)]
             case ast.Tuple() | ast.List():
-                ways = [self.of(element) or [None] for element in node.elts]
-                most = max(map(len, ways), default=0)
-                found = [tuple(way[min(i, len(way) - 1)] for way in ways) for i in range(most)]
+                found = ways_of([self.of(element) for element in node.elts])
             case ast.NamedExpr():
                 found = self.of(node.value)
             case ast.Call():
