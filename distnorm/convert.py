@@ -143,22 +143,22 @@ class _Plan:
         spec = with_selection(names, spec, include, exclude)
         check_overrides(names, spec)
         specs, left, before = {}, [], _look_before(model, list(norms.values()), spec)
-        stuck: dict[str, str] = {}
+        stuck: dict[str, unseen.Stuck] = {}
         for name, norm in norms.items():
             override = override_of(names, name, spec.layers)
             why = _why_left(names, name, norm, spec, is_named=bool(override))
             if not why and name in own and name not in spec.layers:
-                why = stuck[name] = unseen.why_left(name, norm, own[name])
-            if not why:
+                stuck[name] = unseen.why_left(name, norm, own[name])
+            elif not why:
                 (unseen.check_own if name in own else check_known)(name, norm)
                 of_layer = dataclasses.replace(spec, layers=override).of(name, before.dimension(norm))
                 check_change(name, norm, of_layer)
-                why = owners.why_left(norm, of_layer, before.dimension(norm))
-                if why:
-                    stuck[name] = why
+                if found := owners.why_left(norm, of_layer, before.dimension(norm)):
+                    stuck[name] = found
                 else:
                     specs[name] = of_layer
-            if why:
+            if name not in specs:
+                why = why or stuck[name].why
                 left.append(LeftLayer(name, channels_of(norm), type(norm).__name__, why))
         unseen.report(model, stuck, nothing_else=not specs)
         return cls(model, spec, norms, specs, tuple(left), before, owners)

@@ -37,6 +37,12 @@ class Super:
     cls: type | None
 
 
+class _AtAnyPlace(tuple[Any, ...]):
+    """Values of which nobody knows where in a list they are."""
+
+    __slots__ = ()
+
+
 def as_method(target: Any) -> Method | None:
     """Find the Python function that a call runs, and whose it is."""
     owner, cls = None, None
@@ -90,8 +96,41 @@ def elements_of(base: Any, key: Any = None, *, deep: bool = False) -> list[Any]:
     if isinstance(base, dict):
         return [base[key]] if key in base else list(base.values())
     if isinstance(base, list | tuple):
-        return [base[key]] if isinstance(key, int) and -len(base) <= key < len(base) else list(base)
+        is_place = isinstance(key, int) and -len(base) <= key < len(base) and not isinstance(base, _AtAnyPlace)
+        return [base[key]] if is_place else list(base)
     return []
+
+
+def parts_of(base: Any, place: int, count: int | None) -> list[Any]:
+    """Give what unpacking a container may bind to one of its targets.
+
+    Args:
+        base: what is no container stands for itself.
+        place: of the target.
+        count: how many targets there are; `None`: any number, one of them is starred.
+    """
+    if not isinstance(base, list | tuple | dict | nn.Module):
+        return [base]
+    return elements_of(base, place if isinstance(base, _IN_ORDER) and len(base) == count else None)
+
+
+def ways_of(elements: list[list[Any]]) -> list[Any]:
+    """Give tuples that have every value of every element at its place; one without places where there are many.
+
+    Args:
+        elements: of each, what it may stand for; where nothing is known, its place has `None`.
+    """
+    most = max(map(len, elements), default=0)
+    if most > _MOST_WAYS:  # lists of lists would double with each one
+        return [_AtAnyPlace(value for element in elements for value in element)]
+    return [tuple(values[min(way, len(values) - 1)] if values else None for values in elements) for way in range(most)]
+
+
+def identity_of(value: Any, deepest: int = 3) -> Any:
+    """Give a key that equal looks at the same objects share, though each look makes new tuples and methods."""
+    if isinstance(value, tuple) and deepest:
+        return tuple(identity_of(held, deepest - 1) for held in value)
+    return (id(value.function), id(value.owner), id(value.cls)) if isinstance(value, Method) else id(value)
 
 
 def key_of(node: ast.expr) -> Any:
@@ -114,6 +153,8 @@ def unique(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values}.values())
 
 
+_MOST_WAYS = 8
+_IN_ORDER = (list, tuple, nn.Sequential, nn.ModuleList)
 _BINDING = (ast.Assign, ast.NamedExpr, ast.AnnAssign, ast.For, ast.AsyncFor, ast.comprehension)
 
 

@@ -20,9 +20,10 @@ from distnorm.norms.quantizing import FUSED
 from distnorm.norms.surgery import find_batch_norms
 from distnorm.reading import Use, read_code
 from distnorm.spec import BATCH_KINDS, NormSpec
-from distnorm.unseen import nothing_found, own_norms, watch
+from distnorm.unseen import Stuck, nothing_found, own_norms, watch
 
 _STATISTICS = {"running_mean", "running_var"}
+_BATCH = "choose kind='batch', which keeps torch's norm"
 _BUILDING = ("init", "reset", "load_from", "state_dict")
 
 
@@ -67,22 +68,25 @@ class Owners:
             watch(model, norms, lambda: first_output("convert", model, example, run), use)
         return cls(use, fused, functools.cache(functools.partial(_read_later, read, norms)))
 
-    def why_left(self, norm: nn.Module, spec: NormSpec, dimension: str) -> str:
-        """Say why a norm cannot become what a decision says; empty if it can."""
+    def why_left(self, norm: nn.Module, spec: NormSpec, dimension: str) -> Stuck | None:
+        """Say why a norm cannot become what a decision says; `None` if it can."""
         if norm in self.fused:
-            return f"in a fused {self.fused[norm]}, which prepare_qat() rebuilds with torch's norm: convert after it"
+            why = f"in a fused {self.fused[norm]}, which prepare_qat() rebuilds with torch's norm: convert after it"
+            return Stuck(why, "call convert() on what prepare_qat() returns")
         reads = self.use.reads.get(norm, {})
         if not reads:
-            return ""
+            return None
         after = _after(norm, spec, dimension)
         missing = _missing(norm, after, reads)
-        if missing:
-            return f"{reads[missing[0]]} reads its {missing[0]}, which a {type(after).__name__} lacks"
         bypassed = norm in self.use.normalized or (norm not in self.use.calls and _STATISTICS & reads.keys())
+        if missing:
+            why = f"{reads[missing[0]]} reads its {missing[0]}, which a {type(after).__name__} lacks"
+            return Stuck(why, "choose a kind that keeps what is read (batch, sync)" if not bypassed else _BATCH)
         if bypassed and type(after) is not type(norm):
             first = next((name for name in reads if name in _STATISTICS), next(iter(reads)))
-            return f"{reads[first]} normalizes with its {first} by itself: a {type(after).__name__} would not run"
-        return ""
+            why = f"{reads[first]} normalizes with its {first} by itself: a {type(after).__name__} would not run"
+            return Stuck(why, _BATCH)
+        return None
 
     def note_of(self, norm: nn.Module, spec: NormSpec, dimension: str) -> str:
         """Name a method besides forward that reads what a norm will lack; starts with a semicolon."""

@@ -28,8 +28,11 @@ from distnorm.lookup import (
     code_of,
     elements_of,
     holds,
+    identity_of,
     key_of,
+    parts_of,
     unique,
+    ways_of,
 )
 
 FUNCTIONS: dict[Any, str] = {
@@ -42,7 +45,8 @@ FUNCTIONS: dict[Any, str] = {
 
 _DEEPEST, _MOST = 12, 400
 _PLACE_OF_TRAINING = 5
-_ALL_OF = {"children", "modules", "values", "named_children", "named_modules", "items"}
+_WITH_NAMES = {"named_children", "named_modules", "items"}
+_ALL_OF = {"children", "modules", "values"} | _WITH_NAMES
 _PASSED_ON = {list, tuple, reversed, iter, sorted, set}
 
 
@@ -82,6 +86,7 @@ class _Reader:
     def __init__(self, norms: set[nn.Module], use: Use) -> None:
         self.norms, self.use = norms, use
         self.done: dict[Any, list[Any]] = {}
+        self.alive: list[Any] = []  # what the keys of `done` name by its id, which another object may get later
 
     def call(
         self, target: Any, given: list[list[Any]], named: dict[str, list[Any]], depth: int, caller: Any = None
@@ -96,8 +101,9 @@ class _Reader:
             return []
         values = ([[method.owner]] if method.owner is not None else []) + given
         scope = {name: list(value) for name, value in zip(source.parameters, values, strict=False)} | named
-        key = function.__code__, tuple(sorted((k, tuple(map(id, v))) for k, v in scope.items()))
+        key = function.__code__, tuple(sorted((k, tuple(map(identity_of, v))) for k, v in scope.items()))
         if key not in self.done:
+            self.alive.append([*scope.values()])
             self.done[key] = []  # for a function that calls itself
             frame = _Frame(self, method, scope, depth, caller)
             self.done[key] = frame.run(source)
@@ -145,9 +151,6 @@ class _Frame:
         if isinstance(target, ast.Tuple | ast.List) and isinstance(value, ast.Tuple | ast.List):
             for one, its in zip(target.elts, value.elts, strict=False):
                 self.assign(one, its)
-        elif isinstance(target, ast.Tuple | ast.List):
-            for one in target.elts:
-                self.name(one, [e for v in self.of(value) for e in elements_of(v)])
         else:
             self.name(target, self.of(value))
 
@@ -159,14 +162,15 @@ class _Frame:
                 if source is not None:
                     self.assign_each(one, source)
             return
-        found = [e for v in self.of(iterated) for e in elements_of(v)]
-        for one in target.elts if isinstance(target, ast.Tuple | ast.List) else [target]:
-            self.name(one, found)
+        self.name(target, [e for v in self.of(iterated) for e in elements_of(v)])
 
     def name(self, target: ast.expr, values: list[Any]) -> None:
         if isinstance(target, ast.Tuple | ast.List):
-            for one in target.elts:
-                self.name(one, values)
+            count = None if any(isinstance(one, ast.Starred) for one in target.elts) else len(target.elts)
+            for place, one in enumerate(target.elts):
+                self.name(one, [part for value in values for part in parts_of(value, place, count)])
+        elif isinstance(target, ast.Starred):
+            self.name(target.value, [(value,) for value in values])  # at any place of a list
         elif isinstance(target, ast.Name) and values:
             self.scope[target.id] = unique([*self.scope.get(target.id, []), *values])
 
@@ -186,7 +190,7 @@ class _Frame:
             case ast.BoolOp():
                 found = [v for value in node.values for v in self.of(value)]
             case ast.Tuple() | ast.List():
-                found = [tuple(v for element in node.elts for v in self.of(element))]
+                found = ways_of([self.of(element) for element in node.elts])
             case ast.NamedExpr():
                 found = self.of(node.value)
             case ast.Call():
@@ -227,7 +231,8 @@ class _Frame:
             return self.of(node.args[0])
         if isinstance(node.func, ast.Attribute) and node.func.attr in _ALL_OF:
             bases = self.of(node.func.value)
-            return [tuple(e for b in bases for e in elements_of(b, deep="modules" in node.func.attr))]
+            held = [e for b in bases for e in elements_of(b, deep="modules" in node.func.attr)]
+            return [tuple((None, e) for e in held) if node.func.attr in _WITH_NAMES else tuple(held)]
         given = [self.of(argument) for argument in node.args if not isinstance(argument, ast.Starred)]
         named = {k.arg: self.of(k.value) for k in node.keywords if k.arg}
         found: list[Any] = []
@@ -265,13 +270,9 @@ class _Frame:
                 if isinstance(self.owner, nn.Module):
                     use.functions.setdefault(self.owner, FUNCTIONS[function])
                 if not _is_evaluation(node):
-                    use.normalized |= {
-                        norm for norm in self.reader.norms for n in ast.walk(node) if self.is_of(n, norm)
-                    }
+                    bases = [v for n in ast.walk(node) if isinstance(n, ast.Attribute) for v in self.of(n.value)]
+                    use.normalized |= {v for v in bases if isinstance(v, nn.Module) and v in self.reader.norms}
         self.of_call(node)
-
-    def is_of(self, node: ast.AST, norm: nn.Module) -> bool:
-        return isinstance(node, ast.Attribute) and any(value is norm for value in self.of(node.value))
 
     def place(self) -> str:
         return self.method.function.__qualname__.replace("<locals>.", "")

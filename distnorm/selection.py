@@ -23,11 +23,13 @@ class Names:
         norms: by first name, in the model's order.
         aliases: of each first name, all names, the norm's own and those of the modules that it is in.
         holders: of each first name, the modules that it is in, itself among them.
+        covered: by each glob that was asked for, the first names that it covers.
     """
 
     norms: dict[str, nn.Module]
     aliases: dict[str, tuple[str, ...]]
     holders: dict[str, tuple[nn.Module, ...]]
+    covered: dict[str, frozenset[str]] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module, norms: dict[str, nn.Module]) -> "Names":
@@ -43,10 +45,12 @@ class Names:
         aliases = {name: tuple(path or "(the model)" for path in found) for name, found in paths.items()}
         return cls(norms, aliases, {name: tuple(found.values()) for name, found in paths.items()})
 
-    def covered_by(self, glob: str) -> set[str]:
+    def covered_by(self, glob: str) -> frozenset[str]:
         """Find the norms that a glob names, or that are below a module that it names."""
-        fits = {name: any(_fits(path, glob) for path in paths) for name, paths in self.aliases.items()}
-        return {name for name, does in fits.items() if does}
+        if glob not in self.covered:
+            fits = {name: any(_fits(path, glob) for path in paths) for name, paths in self.aliases.items()}
+            self.covered[glob] = frozenset(name for name, does in fits.items() if does)
+        return self.covered[glob]
 
     def resolve(self, selectors: Selectors, argument: str) -> tuple[str, ...]:
         """Turn globs and types into globs that each cover a norm.

@@ -3,6 +3,7 @@
 They are found by their source; where there is none, by watching the function while the model runs on an example.
 """
 
+import dataclasses
 import logging
 import re
 from collections import Counter
@@ -25,6 +26,19 @@ _OF_WEIGHTS = (_ConvNd, nn.Linear)
 _A_NORM = re.compile(r"Norm(Act)?(\d+d)?$")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stuck:
+    """Why a norm stays though it was meant.
+
+    Attributes:
+        why: as the table has it.
+        remedy: what would convert it, to follow "or" in a sentence; empty: nothing would.
+    """
+
+    why: str
+    remedy: str = ""
 
 
 def own_norms(model: nn.Module, norms: set[nn.Module], use: Use) -> dict[str, str]:
@@ -66,19 +80,19 @@ def check_own(name: str, module: nn.Module) -> None:
         )
 
 
-def why_left(name: str, module: nn.Module, does: str) -> str:
+def why_left(name: str, module: nn.Module, does: str) -> Stuck:
     """Say of a module with code of its own why it stays, and what would convert it."""
     if eps_of(module) is None:
-        return f"{does}, which convert() cannot replace"
-    return f"{does}; layers={{{name!r}: …}} converts it"
+        return Stuck(f"{does}, which convert() cannot replace")
+    return Stuck(f"{does}; layers={{{name!r}: …}} converts it", "name it in layers")
 
 
-def report(model: nn.Module, stuck: Mapping[str, str], *, nothing_else: bool) -> None:
+def report(model: nn.Module, stuck: Mapping[str, Stuck], *, nothing_else: bool) -> None:
     """Say once which norms stay though they were meant.
 
     Args:
         model: for its name.
-        stuck: of each, why.
+        stuck: of each by its name, why.
         nothing_else: nothing is converted then.
 
     Raises:
@@ -86,12 +100,14 @@ def report(model: nn.Module, stuck: Mapping[str, str], *, nothing_else: bool) ->
     """
     if not stuck:
         return
-    name, why = next(iter(stuck.items()))
+    name, why = next((name, found.why) for name, found in stuck.items())
     which = f"{name!r}" + (f" and {len(stuck) - 1} more" if len(stuck) > 1 else "")
     if nothing_else:
+        remedies = [*dict.fromkeys(found.remedy for found in stuck.values() if found.remedy), "leave out convert()"]
+        remedy = ", or ".join(remedies)
         raise ConfigError(
             f"convert() can change no batch norm of this {type(model).__name__}: {which} must stay.\n"
-            f"{name}: {why}.\nChoose a kind that keeps what is read (batch, sync), or leave out convert()."
+            f"{name}: {why}.\n{remedy[0].upper()}{remedy[1:]}."
         )
     _log.warning("convert() left %s as it was: %s. The table has the rest: print(conversion).", which, why)
 

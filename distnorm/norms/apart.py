@@ -26,8 +26,9 @@ from distnorm import collectives
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 _log = logging.getLogger(__name__)
-_LOOKED, _COPIES = "_distnorm_looked", "_sync_module_buffers"
-_loaded: weakref.WeakKeyDictionary[nn.Module, list[tuple[Tensor, int, Tensor]]] = weakref.WeakKeyDictionary()
+_LOOKED, _EVERY, _COPIES, _RUNS = "_distnorm_looked", "_distnorm_every", "_sync_module_buffers", "_active_ddp_module"
+_Loaded = list[tuple[str, weakref.ref[Tensor], int, Tensor]]
+_loaded: weakref.WeakKeyDictionary[nn.Module, _Loaded] = weakref.WeakKeyDictionary()
 _looked_at: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
@@ -48,8 +49,11 @@ def would_share(layer: nn.Module, world: int | None) -> bool:
     return layer.sync_ranks in (None, world)
 
 
-def watch() -> None:
+def watch(layer: nn.Module) -> None:
     """Keep the ranks' own statistics apart in the DDP whose forward runs; called in a layer's training forward.
+
+    What was loaded into the layer is forgotten then, for the forward writes: torch's own batch norm moves its
+    statistics, and not their version counters. What AOTAutograd compiled (inductor, too) moves both.
 
     A compiled graph takes the look for a constant, and guards on it: inside another DDP it is compiled once more.
 
@@ -57,15 +61,19 @@ def watch() -> None:
     """
     if torch.compiler.is_compiling():
         _look()
-        ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+        ddp = getattr(DistributedDataParallel, _RUNS, None)
         if ddp is not None and getattr(ddp, _LOOKED, None):
             return
     else:
+        if not hasattr(DistributedDataParallel, _RUNS) and not shares_one_set(layer):
+            _say_unseen()
         _look()
+        if _loaded:
+            _loaded.pop(layer, None)
 
 
 def _look() -> None:
-    ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    ddp = getattr(DistributedDataParallel, _RUNS, None)
     if ddp is not None and _LOOKED not in ddp.__dict__ and sends_buffers(ddp):
         ddp.__dict__[_LOOKED] = True
         _looked_at.add(ddp)
@@ -79,7 +87,7 @@ _look._dynamo_marked_constant = True  # type: ignore[attr-defined]  # noqa: SLF0
 def watch_hook(module: nn.Module, input: tuple[Tensor]) -> None:  # noqa: A002, ARG001 — as torch.jit.script wants it
     """Watch in a norm that has no code of ours: a forward pre-hook."""
     if not torch.jit.is_scripting() and module.training:
-        watch()
+        watch(module)
 
 
 def has_hook(module: nn.Module) -> bool:
@@ -109,19 +117,24 @@ def note_load(layer: nn.Module, *_: Any) -> None:
     That sending comes before the first forward that could keep the statistics apart.
     """
     if not shares_one_set(layer):
-        buffers = (layer._buffers.get(name) for name in STATISTICS)  # noqa: SLF001
-        counted = [buffer for buffer in buffers if buffer is not None and not buffer.is_inference()]
-        _loaded[layer] = [(buffer, buffer._version, buffer.detach().clone()) for buffer in counted]  # noqa: SLF001
+        held = ((name, layer._buffers.get(name)) for name in STATISTICS)  # noqa: SLF001
+        _loaded[layer] = [
+            (name, weakref.ref(buffer), buffer._version, buffer.detach().clone())  # noqa: SLF001
+            for name, buffer in held
+            if buffer is not None and not buffer.is_inference()
+        ]
 
 
 def _restore_loaded(layers: list[nn.Module]) -> None:
-    """Put back what was loaded and overwritten, unless someone has written since.
+    """Put back what was loaded and overwritten, unless someone has written since, or replaced the buffer.
 
     DDP preserves version counters since torch 2.12; with 2.11 its sending looks like a write of the user's.
     """
     for layer in layers:
-        for buffer, version, value in _loaded.pop(layer, ()):
-            if buffer._version == version and not torch.compiler.is_compiling():  # noqa: SLF001
+        for name, loaded, version, value in _loaded.pop(layer, ()):
+            buffer = layer._buffers.get(name)  # noqa: SLF001
+            is_same = buffer is not None and buffer is loaded() and buffer._version == version  # noqa: SLF001
+            if buffer is not None and is_same and not torch.compiler.is_compiling():
                 with torch.no_grad():
                     buffer.copy_(value)
 
@@ -165,16 +178,24 @@ def keep_apart(ddp: DistributedDataParallel, *, every: bool = False) -> bool:
     Collective: none.
     """
     layers = [layer for layer in own_layers(ddp.module, every=every) if _is_sent(layer, ddp)]
-    if not layers or _COPIES in ddp.__dict__:
+    if _COPIES in ddp.__dict__:
+        kept = set(own_layers(ddp.module, every=_keeps_every(ddp)))
+        layers = [layer for layer in layers if layer not in kept]
+    if not layers:
         return True
     known = ("modules_buffers", "named_module_buffers", _COPIES, "_sync_final_model")
     can = all(hasattr(ddp, name) for name in known)
     if can:
-        ddp.__dict__[_COPIES] = functools.partial(_send_copies, ddp, every)
-        ddp.__dict__["_sync_final_model"] = functools.partial(_send_final_copies, ddp, every)
+        ddp.__dict__[_EVERY] = every or _keeps_every(ddp)
+        ddp.__dict__[_COPIES] = functools.partial(_send_copies, ddp)
+        ddp.__dict__["_sync_final_model"] = functools.partial(_send_final_copies, ddp)
         _restore_loaded(layers)
     _say(ddp, len(layers), can=can)
     return can
+
+
+def _keeps_every(ddp: DistributedDataParallel) -> bool:
+    return bool(ddp.__dict__.get(_EVERY, False))
 
 
 def _is_sent(layer: nn.Module, ddp: DistributedDataParallel) -> bool:
@@ -197,15 +218,26 @@ def _say(ddp: DistributedDataParallel, layers: int, *, can: bool) -> None:
     )
 
 
-def _own_buffers(ddp: DistributedDataParallel, every: bool) -> dict[int, Tensor]:
-    layers = own_layers(ddp.module, every=every)
+@functools.cache
+def _say_unseen() -> None:
+    if collectives.rank() == 0:
+        _log.warning(
+            "This torch does not tell which DDP's forward runs: one that sends rank 0's buffers before its forwards "
+            "overwrites the running statistics that belong to each rank.\nCall distnorm.convert() on the very model "
+            "that DDP wraps, before it does; or use DistributedDataParallel(model, forward_sync_buffers=False), "
+            "broadcast_buffers=False before torch 2.13.",
+        )
+
+
+def _own_buffers(ddp: DistributedDataParallel) -> dict[int, Tensor]:
+    layers = own_layers(ddp.module, every=_keeps_every(ddp))
     buffers = (layer._buffers.get(name) for layer in layers for name in STATISTICS)  # noqa: SLF001
     return {id(buffer): buffer for buffer in buffers if buffer is not None}
 
 
-def _send_copies(ddp: Any, every: bool, *arguments: Any, **options: Any) -> None:
+def _send_copies(ddp: Any, *arguments: Any, **options: Any) -> None:
     """Send what DDP sends, this rank's own statistics as copies, which rank 0's may overwrite."""
-    own, sent, named = _own_buffers(ddp, every), ddp.modules_buffers, ddp.named_module_buffers
+    own, sent, named = _own_buffers(ddp), ddp.modules_buffers, ddp.named_module_buffers
     ddp.modules_buffers = [buffer.clone() if id(buffer) in own else buffer for buffer in sent]
     ddp.named_module_buffers = dict(zip(named, ddp.modules_buffers, strict=True))
     try:
@@ -214,9 +246,9 @@ def _send_copies(ddp: Any, every: bool, *arguments: Any, **options: Any) -> None
         ddp.modules_buffers, ddp.named_module_buffers = sent, named
 
 
-def _send_final_copies(ddp: Any, every: bool, *arguments: Any, **options: Any) -> None:
+def _send_final_copies(ddp: Any, *arguments: Any, **options: Any) -> None:
     """End a `join` as DDP does, and put this rank's own statistics back."""
-    kept = [(buffer, buffer.clone()) for buffer in _own_buffers(ddp, every).values()]
+    kept = [(buffer, buffer.clone()) for buffer in _own_buffers(ddp).values()]
     type(ddp)._sync_final_model(ddp, *arguments, **options)  # noqa: SLF001
     with torch.no_grad():
         for buffer, value in kept:

@@ -128,7 +128,7 @@ class AbstractBatchStatisticsNorm(TracedAsLeaf, _BatchNorm):
     def _keep_statistics_apart(self) -> None:
         """Keep this rank's own running statistics, if the forward is one of a DDP that sends rank 0's around."""
         if self.training and self.running_mean is not None:
-            apart.watch()
+            apart.watch(self)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
