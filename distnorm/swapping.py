@@ -59,7 +59,7 @@ class SwappedStatistics:
     def _replaced(self) -> Statistics:
         assert self._model is not None
         now = own_running_stats(self._model)
-        return {key: self._own[key] for key in _same(now, self._put) | _same(now, self._left)}
+        return {key: self._own[key] for key in (_same(now, self._put) | _same(now, self._left)) & self._own.keys()}
 
 
 def _same(ones: Statistics, others: Mapping[str, Tensor]) -> set[str]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from distnorm import collectives
 
@@ -110,7 +111,7 @@ def note_load(layer: nn.Module, *_: Any) -> None:
     """
     if not shares_one_set(layer):
         buffers = (layer._buffers.get(name) for name in STATISTICS)  # noqa: SLF001
-        counted = [buffer for buffer in buffers if buffer is not None and not buffer.is_inference()]
+        counted = [b for b in buffers if b is not None and not is_lazy(b) and not b.is_inference()]
         _loaded[layer] = [(buffer, buffer._version, buffer.detach().clone()) for buffer in counted]  # noqa: SLF001
 
 
