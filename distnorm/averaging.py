@@ -8,6 +8,7 @@ are put into the *copy* before are in the model for the evaluation, in whatever 
 import contextlib
 import itertools
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +18,11 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 from distnorm.errors import ConfigError
-from distnorm.lightning_names import is_either
+from distnorm.lightning_names import EitherName, counterpart, is_either
 from distnorm.population import Statistics, write_into
 
 _log = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ _CURRENT = "current_model_state"
 """Where Lightning saves the trained weights, the `state_dict` being the average's."""
 
 
-class WeightAverage(WeightAveraging):
+class WeightAverage(EitherName, WeightAveraging):
     """Keep an exponential moving average of the weights, to be evaluated, saved, and left in the model after `fit`.
 
         average = decay · average + (1 - decay) · weights,  after each step of the optimizer; at first the weights
@@ -54,6 +56,11 @@ class WeightAverage(WeightAveraging):
 
         super().__init__(multi_avg_fn=torch.no_grad()(update))
         self._decay = decay
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Copy the module, with the code of the Lightning that it is made of: each knows its own modules alone."""
+        is_ours = isinstance(pl_module, pl.LightningModule)
+        (WeightAveraging if is_ours else counterpart(WeightAveraging)).setup(self, trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Bring the average to the model's device; its counter stays on the host, so that reading it is no wait."""
@@ -213,10 +220,13 @@ def load_trained_weights(pl_module: pl.LightningModule, checkpoint: dict[str, An
 
 def sample_weights(trainer: pl.Trainer, model: nn.Module) -> Tensor:
     """Take one number of each parameter, as bits, to recognize the weights by; nothing of sharded ones, which vary."""
-    values = []
+    values = defaultdict[torch.device, list[Tensor]](list)
     if any(is_either(trainer.strategy, cls) for cls in (DDPStrategy, SingleDeviceStrategy)):
-        values = [p.detach()[(0,) * p.dim()].to(torch.complex64) for p in model.parameters() if p.numel()]
-    return torch.view_as_real(torch.stack(values).cpu()).view(torch.int32) if values else torch.zeros(0)
+        for p in model.parameters():
+            if not is_lazy(p) and p.numel():
+                values[p.device].append(p.detach()[(0,) * p.dim()].to(torch.complex64))
+    parts = [torch.view_as_real(torch.stack(part).cpu()).view(torch.int32) for part in values.values()]
+    return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def _pairs(average: AveragedModel, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

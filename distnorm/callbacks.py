@@ -198,6 +198,10 @@ class EvaluationStatistics(EitherName, Callback):
                 " and the ".join(moved),
             )
 
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what layers that were in training mode have made of the statistics."""
+        self._swapped.note_end(pl_module if self._computed.is_of(trainer, pl_module) else None)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
         self._swapped.take_out()
@@ -210,6 +214,10 @@ class EvaluationStatistics(EitherName, Callback):
         """Check the first batch; see `on_validation_batch_start`."""
         self.on_validation_batch_start(trainer, pl_module)
 
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what is left of the statistics; see `on_validation_epoch_end`."""
+        self.on_validation_epoch_end(trainer, pl_module)
+
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""
         self.on_validation_end(trainer, pl_module)
@@ -221,6 +229,10 @@ class EvaluationStatistics(EitherName, Callback):
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any, **__: Any) -> None:
         """Check the first batch; see `on_validation_batch_start`."""
         self.on_validation_batch_start(trainer, pl_module)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note what is left of the statistics; see `on_validation_epoch_end`."""
+        self.on_validation_epoch_end(trainer, pl_module)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Swap the rank's own back in."""

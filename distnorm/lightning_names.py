@@ -10,6 +10,7 @@ from typing import Any, Self, TypeGuard, TypeVar
 from distnorm.errors import ConfigError
 
 _NAME, _OTHER = "lightning.pytorch.", "pytorch_lightning."
+_BASES = ("LightningModule", "LightningDataModule")
 _Class = TypeVar("_Class")
 
 
@@ -32,8 +33,14 @@ def is_either(instance: object, lightning_class: type[_Class]) -> TypeGuard[_Cla
 
 
 def is_lightnings_own(method: Any) -> bool:
-    """Tell whether a method is as Lightning has it, under either name, and nobody has overridden it."""
-    return str(getattr(method, "__module__", "")).startswith((_NAME, _OTHER))
+    """Tell whether a method of a module or data module is that of Lightning's base class, under either name.
+
+    Classes that Lightning ships, such as its `BoringModel`, override methods as a user's do.
+    """
+    function = getattr(method, "__func__", method)
+    packages = (sys.modules.get(name.rstrip(".")) for name in (_NAME, _OTHER))
+    bases = [getattr(package, base, None) for package in packages for base in _BASES]
+    return any(function is getattr(base, getattr(function, "__name__", ""), None) for base in bases)
 
 
 def check_trainer(trainer: Any, ours: object) -> None:
@@ -42,7 +49,7 @@ def check_trainer(trainer: Any, ours: object) -> None:
     Raises:
         ConfigError: it is of the other package.
     """
-    if type(trainer).__module__.startswith(_OTHER):
+    if any(one.__module__.startswith(_OTHER) for one in type(trainer).__mro__):
         name = type(ours).__name__
         raise ConfigError(
             f"{name} is made of lightning.pytorch, and this Trainer is pytorch_lightning's: that takes {name}'s hooks "

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from distnorm import collectives
 from distnorm.convert import normalization_layers
@@ -238,7 +239,8 @@ def _warn_of_fresh_ranks(model: nn.Module, ranks: list[Statistics]) -> None:
 def _buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for prefix, layer in normalization_layers(model):
         for name, buffer in layer.named_buffers(recurse=False):
-            yield f"{prefix}.{name}".lstrip("."), buffer
+            if not is_lazy(buffer):  # a lazy layer has no statistics before its first batch
+                yield f"{prefix}.{name}".lstrip("."), buffer
 
 
 def _unflatten(row: Tensor, like: Statistics) -> Statistics:

@@ -1,12 +1,14 @@
 """Lightning's averages of the weights: what is evaluated, saved and left are they, with statistics of their own."""
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, WeightAveraging
+from torch import nn
 
 from distnorm import ConfigError
-from distnorm.averaging import WeightAverage
+from distnorm.averaging import WeightAverage, sample_weights
 from distnorm.drift.monitor import DriftMonitor
 from distnorm.drift.shift import EvaluationShift
 from distnorm.population import own_running_stats
@@ -244,3 +246,29 @@ def test_the_drift_monitor_compares_evaluation_data_with_the_statistics_of_the_a
     assert len(compared) == len(task.met) == 4
     for found, (_, (mean, var), _) in zip(compared, task.met, strict=True):
         assert torch.equal(found, torch.cat((mean, var)).double())
+
+
+@pytest.mark.parametrize(
+    ("later", "evaluation"), [(lambda: nn.LazyLinear(2), "precise"), (nn.LazyBatchNorm1d, "pooled")]
+)
+def test_weights_are_known_again_before_all_have_a_shape(caplog, later, evaluation):
+    task = Averaged()
+    task.later = later()
+    _, trainer = fit_without(spec_of(evaluation), task, max_steps=6)
+    assert len(task.met) > 1
+    assert "does not use" not in caplog.text
+    before = sample_weights(trainer, task)
+    with torch.no_grad():
+        task.model[0].weight.view(-1)[0] += 1
+    assert not torch.equal(sample_weights(trainer, task), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_on_several_devices_are_known_again():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="cuda"))
+    trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    before = sample_weights(trainer, model)
+    with torch.no_grad():
+        model[1].bias[0] += 1
+    assert not torch.equal(sample_weights(trainer, model), before)

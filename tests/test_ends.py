@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from distnorm import GroupError, collectives
 from distnorm.collectives import groups
+from distnorm.launch import main
 from tests import ranks, runs
 
 
@@ -117,6 +118,27 @@ def test_end_process_waits_runs_exit_functions_writes_and_has_the_code(tmp_path)
     assert (tmp_path / "thread").exists()
     assert (tmp_path / "exit").exists()
     assert (tmp_path / "output").read_text() == "written"
+
+
+def exits(rank, world, folder, code):
+    os.dup2(os.open(folder / "output", os.O_CREAT | os.O_WRONLY), 2)
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = ["train.py", "trainer=cpu", "logger.mode=disabled", f"runs_dir={folder / 'runs'}"]
+
+    def train(*_):
+        collectives.start_ranks(rank=0, world_size=1, store_path=str(folder / "store"), timeout_s=30)
+        sys.exit(code)
+
+    main(train, config=runs.ROOT / "conf" / "train.yaml")
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize(
+    ("code", "expected", "said"), [(None, 0, ""), (3, 3, ""), ("no such file", 1, "no such file\n")]
+)
+def test_what_a_rank_exits_with_is_what_python_would(tmp_path, code, expected, said):
+    assert joined(exits, 1, tmp_path, code) == [expected]
+    assert (tmp_path / "output").read_text().endswith(said)
 
 
 def exchanges_over_a_destroyed_group():

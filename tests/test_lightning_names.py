@@ -4,6 +4,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,44 @@ def test_training_is_the_same_under_either_name(other_ranks, tmp_path):
             torch.testing.assert_close(other[3][name], value, rtol=0, atol=0)
 
 
+def averaged(name, folder):
+    """Body: fit with an average and statistics of its own, resume, and validate what is left."""
+    from distnorm.averaging import WeightAverage
+    from distnorm.data.digits import DigitsData
+
+    pl = importlib.import_module(name)
+    torch.manual_seed(0)
+    data, path = DigitsData(device_batch=4), f"{folder}/{name}-average.ckpt"
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            """Save where there is an average and what it is of."""
+            if trainer.global_step == 3:
+                trainer.save_checkpoint(path)
+
+    def run(resumed=None):
+        task, callbacks = make_task(pl), [WeightAverage(0.5), EvaluationStatistics(SPEC, num_samples=64), Saves()]
+        trainer = make_trainer(pl, folder, callbacks=callbacks, plugins=[LayerSync(SPEC)], **DDP)
+        trainer.fit(task, datamodule=data, ckpt_path=resumed)
+        (validated,) = trainer.validate(task, datamodule=data, verbose=False)
+        return validated["loss"], *(p.detach().clone() for p in task.parameters())
+
+    whole = run()
+    saved = torch.load(path, weights_only=True)
+    states = [saved[key]["model.3.weight"] for key in ("state_dict", "current_model_state")]
+    return [whole, states, run(path)]
+
+
+def test_averaging_is_the_same_under_either_name(other_ranks, tmp_path):
+    ours = other_ranks.run(averaged, "lightning.pytorch", str(tmp_path), world=2)
+    others = other_ranks.run(averaged, "pytorch_lightning", str(tmp_path), world=2)
+    for own, other in zip(ours, others, strict=True):
+        assert not torch.equal(*other[1]), "the average, and what it is of"
+        for values, other_values in zip(own, other, strict=True):
+            for one, two in zip(values, other_values, strict=True):
+                torch.testing.assert_close(two, one, rtol=0, atol=0)
+
+
 def refused(folder):
     """Body: what a Trainer of the other package is refused with; nothing is trained."""
     import functools
@@ -106,8 +145,9 @@ def refused(folder):
 
     said = []
     task = Classification(ConvNet(), functools.partial(torch.optim.SGD, lr=0.1), 10)
+    own = type("Own", (pl.Trainer,), {"__module__": "users"})
     try:
-        make_trainer(pl, folder, devices=1).fit(task, datamodule=DigitsData(device_batch=4))
+        make_trainer(SimpleNamespace(Trainer=own), folder, devices=1).fit(task, datamodule=DigitsData(device_batch=4))
     except ConfigError as error:
         said.append(str(error))
     weights_only = pl.callbacks.ModelCheckpoint(save_weights_only=True)
@@ -128,6 +168,27 @@ def test_what_cannot_work_is_refused_before_the_first_step(other_ranks, tmp_path
     assert weights_only.startswith("ModelCheckpoint(save_weights_only=True) would save rank 0's own statistics")
 
 
+def shipped(name):
+    """Body: what of Lightning's demo classes, and of its base classes, counts as overridden."""
+    from distnorm.replay import has_training_loader, model_of
+
+    pl, demos = (importlib.import_module(module) for module in (name, f"{name}.demos.boring_classes"))
+    data = torch.utils.data.TensorDataset(torch.zeros(2, 1))
+    loaded = pl.LightningDataModule.from_datasets(data)
+    modules = [demos.BoringModel(), pl.LightningModule(), make_task(pl)]
+    found = [has_training_loader(SimpleNamespace(lightning_module=one)) for one in modules]
+    sources = [demos.BoringDataModule(), loaded, pl.LightningDataModule()]
+    found += [has_training_loader(SimpleNamespace(datamodule=one)) for one in sources]
+    return found, [model_of(one) is one for one in (modules[0], modules[2])]
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+def test_what_lightning_ships_overrides_as_a_users_class_does(other_ranks, name):
+    for loaders, models in other_ranks.run(shipped, name, world=2):
+        assert loaders == [True, False, False, True, True, False]
+        assert models == [True, False]
+
+
 def lightning_classes():
     """Every class of the package that subclasses one of Lightning's."""
     for module in pkgutil.walk_packages(distnorm.__path__, "distnorm."):
@@ -138,5 +199,4 @@ def lightning_classes():
 
 def test_every_lightning_class_takes_either_name_unless_train_py_alone_makes_it():
     made_by_train_py = {"AtomicCheckpointIO", "BestCheckpoint", "FoundRanks", "LastCheckpoint", "Preemption", "Rungs"}
-    made_by_train_py |= {"WeightAverage"}  # elsewhere Lightning's own EMAWeightAveraging, under either name
     assert {one.__name__ for one in lightning_classes() if not issubclass(one, EitherName)} == made_by_train_py

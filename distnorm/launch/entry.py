@@ -41,10 +41,18 @@ def main(train: Train, config: Path) -> None:
         _enter(train, config)
     except SystemExit as ended:
         if collectives.is_running():
-            collectives.end_process(ended.code if isinstance(ended.code, int) else 1)
+            collectives.end_process(_exit_code(ended))
         raise
     if collectives.is_running():
         collectives.end_process()
+
+
+def _exit_code(ended: SystemExit) -> int:
+    """Give the exit code that Python would give; a message is printed, as Python prints it."""
+    if ended.code is None or isinstance(ended.code, int):
+        return ended.code or 0
+    print(ended.code, file=sys.stderr)
+    return 1
 
 
 def _enter(train: Train, config: Path) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from distnorm import collectives
 
@@ -121,7 +122,7 @@ def note_load(layer: nn.Module, *_: Any) -> None:
         _loaded[layer] = [
             (name, weakref.ref(buffer), buffer._version, buffer.detach().clone())  # noqa: SLF001
             for name, buffer in held
-            if buffer is not None and not buffer.is_inference()
+            if buffer is not None and not is_lazy(buffer) and not buffer.is_inference()
         ]
 
 
