@@ -182,7 +182,7 @@ def test_marks_are_alike_where_the_layers_are(layers, how):
     """Against the plain question whether all are the same."""
     marks._made.update({(0, name): 4 for name, _ in layers if not marks._made[0, name]})
     found, group = places(layers), tuple(range(len(layers)))
-    marks.forget_places()
+    marks.forget_places(marks._world)
     same = len(set(layers)) == 1
     if how == "gather":
         packed = [float(place.next_mark(group)) for place in found]

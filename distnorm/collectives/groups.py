@@ -195,7 +195,7 @@ def _forget_other_worlds() -> None:
         _adopted.clear()
         _twins.clear()
         _members.clear()
-        forget_places()
+        forget_places(world_size())
         forget_marks()
         _control = lambda: None  # noqa: E731
         _groups_of = _held(dist.group.WORLD)

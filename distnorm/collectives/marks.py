@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from distnorm import whereabouts
-from distnorm.collectives.world import world_size
 from distnorm.errors import ranks_in_words
 
 _NAME_BITS, _AGE_BITS, _ORDER_BITS, _CALL_BITS = 14, 10, 9, 10  # with an order from either end: 52 bits of a float64
@@ -27,7 +26,7 @@ _INDEX_BITS = 20  # of an order; above them is its age
 _SUMMED_BITS, _EXACT_BITS = 20, {torch.float64: 53, torch.float32: 24}
 
 _made: Counter[tuple[int, str]] = Counter()  # layers, by age and name
-_exchanges = 0  # of all ranks, in this world
+_exchanges = _world = 0  # exchanges of all ranks, in this world of so many
 _places: dict[tuple[str, int], dict[str, "Place"]] = {}
 
 
@@ -65,11 +64,11 @@ def forget_layer(layer: str, order: int) -> None:
     _places.pop((layer, order), None)
 
 
-def forget_places() -> None:
-    """Count all calls from the beginning: for a new world, whose ranks may have different pasts."""
-    global _exchanges  # noqa: PLW0603
+def forget_places(world: int) -> None:
+    """Count all calls from the beginning: for a new world of so many ranks, which may have different pasts."""
+    global _exchanges, _world
     _places.clear()
-    _exchanges = 0
+    _exchanges, _world = 0, world
 
 
 class Place(str):
@@ -122,7 +121,7 @@ class Place(str):
 def _count_exchange(ranks: tuple[int, ...]) -> None:
     """Count what all ranks exchange, and only that: other groups' exchanges are not every rank's."""
     global _exchanges  # noqa: PLW0603
-    if len(ranks) == world_size():
+    if len(ranks) == _world:
         _exchanges += 1
 
 
