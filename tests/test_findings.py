@@ -197,7 +197,7 @@ def kill_after_30_rows(process, folder, left):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A plain run's wandb file and ours; the plain one's age. Of three plain runs the first that was not flushed yet."""
+    """Files of a plain run, of three the first that was not flushed yet, and of ours; the plain one's age."""
     ours = tmp_path_factory.mktemp("ours")
     mine = logged.start(ours, "offline", 30, "hang")
     for _ in range(3):  # wandb's own process may flush early on a loaded machine
