@@ -17,19 +17,11 @@ from torch.utils import _pytree as pytree
 from distnorm.errors import ConfigError
 from distnorm.feeding import fed_by_graph
 from distnorm.norms.apart import watch_hook
+from distnorm.norms.quantizing import PRODUCERS as OF_TORCH
 from distnorm.norms.surgery import looks_like_batch_norm, source_of
 from distnorm.norms.weight import STANDARDIZED
 
-PRODUCERS: tuple[type[nn.Module], ...] = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    *STANDARDIZED.values(),
-)
+PRODUCERS: tuple[type[nn.Module], ...] = (*OF_TORCH, *STANDARDIZED.values())
 """Layers, of exactly these classes, that a batch norm can be merged into."""
 
 

@@ -149,7 +149,7 @@ def compare(ranks: Sequence[int], headers: Sequence[Header]) -> str:
     if len(places) == 1:
         return ""
     differ = [len({header[field] for header in places}) > 1 for field in range(4)]
-    parts = []
+    parts: list[str] = []
     for header, of in sorted(places.items(), key=lambda item: len(item[1])):
         with_ = f" with {header.numbers} numbers" if differ[1] and not differ[0] else ""
         with_ += f" in {header.dtype.removeprefix('torch.')}" if differ[2] and not differ[0] else ""
@@ -167,12 +167,14 @@ class Whose(NamedTuple):
 
     Attributes:
         what: the exchange of a layer, e.g. `layer4.0.bn1 forward`.
-        number: of the layer among those with its name, from 1.
+        number: of the layer among those of its name and age, from 1.
+        age: when it was made; equal ages are equal numbers, and that is all they say.
         call: of this exchange, from 1.
     """
 
     what: str
     number: int
+    age: int
     call: int
 
 
@@ -192,14 +194,20 @@ def parted(whose: Mapping[int, Whose], step: int | None = None) -> str:
     places: dict[Whose, list[int]] = defaultdict(list)
     for rank, brought in whose.items():
         places[brought].append(rank)
-    names, numbers = ({brought[field] for brought in places} for field in range(2))
-    parts = []
+    names, numbers, ages = ({brought[field] for brought in places} for field in range(3))
+    parts: list[str] = []
     for brought, of in sorted(places.items(), key=lambda item: len(item[1])):
         part = f"{ranks_in_words(of)} {'is' if len(of) == 1 else 'are'} at {brought.what}"
-        if len(names) == 1:
-            part += f" of layer {brought.number} of that name" if len(numbers) > 1 else f", call {brought.call}"
-        parts.append(part)
+        if len(names) > 1:
+            which = ""
+        elif len(numbers) > 1:
+            which = f" of layer {brought.number} of that name"
+        elif len(ages) > 1:
+            which = " of another, made at another time" if parts else " of one layer of that name"
+        else:
+            which = f", call {brought.call}"
+        parts.append(part + which)
     remedy = SAME_LAYERS
-    if len(names) == 1 < len(numbers):
+    if len(names) == 1 and max(len(numbers), len(ages)) > 1:
         remedy += " If not, name the layers: distnorm.check_ranks(model)."
     return f"{', '.join(parts)}{_step_in_words(step)}.\n{remedy}"

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 
 import pytest
 import torch
@@ -55,8 +56,9 @@ def changes_places(make, up_to):
         layers = make()
         for layer in layers:
             layer(torch.randn(3, 4))
-        with pytest.raises(GroupError):
+        with pytest.raises(GroupError) as raised:
             layers[collectives.rank()](torch.randn(3, 4))
+        return str(raised.value)
     finally:
         pooling.GATHER_UP_TO = kept
 
@@ -64,7 +66,14 @@ def changes_places(make, up_to):
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("up_to", [16, 1], ids=["gathered", "summed"])
 def test_layers_that_look_alike_are_told_apart(make, up_to):
-    ranks.run(changes_places, make, up_to, world=2)
+    said = ranks.run(changes_places, make, up_to, world=2)
+    assert said[0] == said[1]
+    assert len(said[0].splitlines()) <= 3
+    first = said[0].splitlines()[0]
+    assert re.match(
+        r"rank 0 is at .*( of layer \d+| of one layer) of that name, rank 1 is at .* of (layer|another)", first
+    )
+    assert "check_ranks(model)" in said[0]
 
 
 def trains_on(way):

@@ -100,7 +100,7 @@ class Place(str):
 
     def whose(self, ranks: tuple[int, ...]) -> whereabouts.Whose:
         """Say which layer and call this is, for the other ranks to read."""
-        return whereabouts.Whose(str(self), self._from_first() + 1, self.calls.get(ranks, 0))
+        return whereabouts.Whose(str(self), self._from_first() + 1, self._age(), self.calls.get(ranks, 0))
 
     def _age(self) -> int:
         return -1 - self.order if self.order < 0 else self.order >> _INDEX_BITS
@@ -163,7 +163,7 @@ class Gathered:
         """Say which ranks were at which layer, as far as this rank knows the others' layers by their marks."""
         known = {place.bits: str(place) for kinds in _places.values() for place in kinds.values()}
         marks = [_Mark.unpack(number) for number in packed]
-        whose = [whereabouts.Whose(known.get(m.name, "another layer"), m.from_first + 1, m.call) for m in marks]
+        whose = [whereabouts.Whose(known.get(m.name, "another layer"), m.from_first + 1, m.age, m.call) for m in marks]
         return whereabouts.parted(dict(zip(self.ranks, whose, strict=True)))
 
     def take_back(self) -> None:

@@ -28,7 +28,7 @@ _REMEDY = (
     "Call conversion.revert() before prepare() and fuse_modules(); a trained model may be folded instead: "
     "distnorm.fold(model)."
 )
-_PRODUCERS = (
+PRODUCERS: tuple[type[nn.Module], ...] = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -37,6 +37,7 @@ _PRODUCERS = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+"""Layers of torch's that a batch norm can be merged into."""
 
 
 def check_not_quantized(name: str, x: Tensor) -> None:
@@ -52,7 +53,7 @@ def check_not_quantized(name: str, x: Tensor) -> None:
         )
 
 
-def refuse_fusing(norm: type[nn.Module], producers: Iterable[type[nn.Module]] = _PRODUCERS) -> None:
+def refuse_fusing(norm: type[nn.Module], producers: Iterable[type[nn.Module]] = PRODUCERS) -> None:
     """Let `torch.ao.quantization.fuse_modules` name the remedy where it is given a layer of distnorm.
 
     Its own error names the classes only. The entries are additional ones: no pair of torch's own layers is among them.
